@@ -1,0 +1,47 @@
+"""LayerNorm fused with the gather of merge x merge patches into one row: the entry of Qwen2-VL's merger, and of no other model."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minivlm.errors import MinivlmError
+
+
+def patch_merge_reference(x: Tensor, grid_thw: Tensor, merge: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    C, m = x.size(1), merge
+    normed = F.layer_norm(x, (C,), weight, bias, eps)  # (P, C)
+    grids = grid_thw.tolist()
+    pictures = normed.split([t * h * w for t, h, w in grids])
+    cells = [
+        picture.reshape(t, h // m, m, w // m, m, C).transpose(2, 3).reshape(-1, m * m * C)
+        for picture, (t, h, w) in zip(pictures, grids, strict=True)
+    ]
+    return torch.cat(cells) if cells else normed.reshape(0, m * m * C)  # (P / m^2, m^2 * C)
+
+
+def patch_merge(x: Tensor, grid_thw: Tensor, merge: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise every patch of `x (P, C)` and lay each merge x merge cell, row by row, into one row `(P / m^2, m^2 * C)`.
+
+    x: the patches of all pictures, each in raster order (frame, row, column).
+    grid_thw: `(pictures, 3)` int64: frames, rows and columns of each picture in patches; rows and columns are multiples
+        of `merge`. Best kept on the CPU: its values are read there.
+    """
+    _check(x, grid_thw, merge, weight, bias)
+    return patch_merge_reference(x, grid_thw, merge, weight, bias, eps)
+
+
+def _check(x: Tensor, grid_thw: Tensor, merge: int, weight: Tensor, bias: Tensor) -> None:
+    if x.dim() != 2 or weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
+        raise MinivlmError(
+            f"patch_merge: x is {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
+            "they must be (P, C), (C,), (C,)"
+        )
+    if grid_thw.dim() != 2 or grid_thw.size(1) != 3 or grid_thw.dtype != torch.int64:
+        raise MinivlmError(f"patch_merge: grid_thw is {grid_thw.dtype} {tuple(grid_thw.shape)}; it must be int64 (pictures, 3)")
+    if grid_thw.is_meta:
+        return
+    patches = int(grid_thw.prod(-1).sum())
+    if patches != x.size(0):
+        raise MinivlmError(f"patch_merge: the grids {grid_thw.tolist()} hold {patches} patches, x has {x.size(0)}")
+    if (grid_thw[:, 1:] % merge).any():
+        raise MinivlmError(f"patch_merge: the grids {grid_thw.tolist()} are not all multiples of merge {merge}")
