@@ -1,0 +1,160 @@
+"""Rotary position embeddings (Su et al. 2021): how fast each pair of channels turns, under every published scaling.
+
+The rotation itself is `ops.apply_rope`. Layout: half-split, channel i turns with channel i + K/2, as in every checkpoint here.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minivlm.errors import MinivlmError
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """`rope_theta` and `rope_scaling` of a config.json. `scaling` holds the numbers of its kind, as they stand in the file."""
+
+    head_dim: int
+    theta: float
+    max_position: int
+    kind: str = "default"
+    scaling: dict = field(default_factory=dict)
+    sections: tuple[int, ...] | None = None  # M-RoPE: channel pairs that turn by frame, row, column
+
+    @classmethod
+    def from_hf(cls, config: dict, head_dim: int) -> "RopeConfig":
+        """Reads both spellings: `rope_theta` + `rope_scaling` (hub files) and `rope_parameters` (transformers v5).
+
+        The kind stands under `rope_type` or `type`. "mrope" and v5's "default" with a `mrope_section` are the same thing, so what
+        decides is the section.
+        """
+        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        theta = scaling.pop("rope_theta", config["rope_theta"])
+        kinds = [scaling.pop(name) for name in ("type", "rope_type") if name in scaling]
+        kind = kinds[-1] if kinds else "default"
+        sections = scaling.pop("mrope_section", None)
+        if kind == "mrope":
+            kind = "default"
+        if kind == "su":  # longrope's first name
+            kind = "longrope"
+        if kind not in KINDS:
+            raise MinivlmError(f"config.json asks for rope_scaling {kind!r}; known here: {', '.join(KINDS)}")
+        if sections is not None and sum(sections) * 2 != head_dim:
+            raise MinivlmError(f"mrope_section {sections} adds up to {sum(sections)}, not to half of the head width {head_dim}")
+        # Newer files repeat this number beside the scaling, older ones only inside it.
+        if "original_max_position_embeddings" in config:
+            scaling.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
+        return cls(head_dim, float(theta), config["max_position_embeddings"], kind, scaling, sections and tuple(sections))
+
+    def __hash__(self):
+        return hash((self.head_dim, self.theta, self.kind, str(self.scaling)))
+
+
+def rope_frequencies(config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """Radians per position of each channel pair, `(K / 2,)` float32, and the factor on the rotated vectors (yarn, longrope).
+
+    `length` is the number of positions in use; only "dynamic" and "longrope" depend on it, and only beyond the original length.
+    """
+    return KINDS[config.kind](config, length)
+
+
+def _default(config: RopeConfig, length: int, theta: float | None = None) -> tuple[Tensor, float]:
+    """θ^(−2i/K): the first pair turns one radian per position, the last about θ times slower."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    return 1.0 / ((theta or config.theta) ** exponents), 1.0
+
+
+def _linear(config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """Position interpolation (Chen et al. 2023): all positions squeezed by `factor`."""
+    return _default(config, length)[0] / config.scaling["factor"], 1.0
+
+
+def _dynamic(config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """NTK-aware scaling: a larger θ, once the sequence outgrows the length the model was trained on."""
+    K, factor = config.head_dim, config.scaling["factor"]
+    stretch = factor * max(length, config.max_position) / config.max_position - (factor - 1)
+    return _default(config, length, config.theta * stretch ** (K / (K - 2)))
+
+
+def _llama3(config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """Llama 3.1: slow pairs are slowed by `factor`, fast ones left alone, those between are blended."""
+    inv_freq, _ = _default(config, length)
+    s = config.scaling
+    original = s["original_max_position_embeddings"]
+    turns = original * inv_freq / (2 * math.pi)  # full turns within the original context
+    blend = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return (1 - blend) * inv_freq / s["factor"] + blend * inv_freq, 1.0
+
+
+def _yarn(config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """YaRN (Peng et al. 2023, §3.2): interpolate slow pairs, keep fast ones, and sharpen attention by √(1/t) = 0.1 ln s + 1."""
+    s, K = config.scaling, config.head_dim
+    original = s.get("original_max_position_embeddings") or config.max_position
+    factor = s.get("factor") or config.max_position / original
+
+    def sharpening(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    scale = s.get("attention_factor")
+    if scale is None and s.get("mscale") and s.get("mscale_all_dim"):
+        scale = sharpening(s["mscale"]) / sharpening(s["mscale_all_dim"])
+    elif scale is None:
+        scale = sharpening(1.0)
+
+    def pair_with(num_turns: float) -> float:  # the (fractional) pair that makes this many turns in the original context
+        return K * math.log(original / (num_turns * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    low, high = pair_with(s.get("beta_fast") or 32), pair_with(s.get("beta_slow") or 1)
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, K - 1)
+    inv_freq, _ = _default(config, length)
+    ramp = ((torch.arange(K // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), float(scale)
+
+
+def _longrope(config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """LongRoPE (Ding et al. 2024): a searched factor per pair, one list within the original length and one beyond it."""
+    s = config.scaling
+    original = s.get("original_max_position_embeddings") or config.max_position
+    per_pair = torch.tensor(s["long_factor"] if length > original else s["short_factor"], dtype=torch.float32)
+    factor = s.get("factor") or config.max_position / original
+    scale = s.get("attention_factor")
+    if scale is None:
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return _default(config, length)[0] / per_pair, float(scale)
+
+
+KINDS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+GROWS_WITH_LENGTH = ("dynamic", "longrope")
+
+
+class Rope:
+    """The frequencies of one decoder, computed when first asked for and kept per device."""
+
+    def __init__(self, config: RopeConfig):
+        self.config = config
+        self.known: dict = {}
+
+    def at(self, length: int, device) -> tuple[Tensor, float]:
+        if self.config.kind not in GROWS_WITH_LENGTH:
+            length = 0  # one answer for every length
+        if (length, device) not in self.known:
+            self.known.clear()  # dynamic scaling asks for a new length every token; one answer is worth keeping
+            inv_freq, scale = rope_frequencies(self.config, length)
+            self.known[length, device] = inv_freq.to(device), scale
+        return self.known[length, device]
+
+
+def text_positions(attention_mask: Tensor) -> Tensor:
+    """`(B, T)` mask → `(B, T)` positions that count the real tokens of each row from 0; padding stands at 0."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
