@@ -22,7 +22,14 @@ __all__ = ["CLASS_NAMES", "HELD_OUT_SEEDS", "KINDS", "LONG_SIDE", "TRAIN_SEEDS",
 __all__ += ["conversation", "corpus", "draw_scene", "label_map", "questions", "render"]
 
 PICTURES = Path(__file__).with_name("pictures")
-BUNDLED = {"shapes.png": 0}  # file name → place in HELD_OUT_SEEDS
+BUNDLED = {  # file name → place in HELD_OUT_SEEDS
+    "shapes.png": 17017,
+    "stars.png": 3567,
+    "number.png": 1287,
+    "home.png": 18845,
+    "circles.png": 2934,
+}
+BUNDLED_SIZE = 336  # pixels, the longer side
 
 
 def conversation(seed: int, turns: int = 5) -> tuple[Scene, list[dict]]:
@@ -54,24 +61,29 @@ def corpus(scenes: int = 2000) -> Iterator[str]:
             yield question.answer
 
 
+def poster(seed: int, side: int) -> Image.Image:
+    """Scene number `seed` with its longer side `side` pixels."""
+    scene = draw_scene(seed)
+    return render(scene, scene.height * side // LONG_SIDE, scene.width * side // LONG_SIDE)
+
+
 def contact_sheet(seeds, columns: int, side: int) -> Image.Image:
     """Posters of the given seeds side by side, the longer side of each `side` pixels."""
     seeds, gap = list(seeds), side // 16
     rows = -(-len(seeds) // columns)
     sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + gap) + gap), "white")
     for i, seed in enumerate(seeds):
-        scene = draw_scene(seed)
         row, column = divmod(i, columns)
-        poster = render(scene, scene.height * side // LONG_SIDE, scene.width * side // LONG_SIDE)
-        top = gap + row * (side + gap) + (side - poster.height) // 2
-        sheet.paste(poster, (gap + column * (side + gap) + (side - poster.width) // 2, top))
+        picture = poster(seed, side)
+        top = gap + row * (side + gap) + (side - picture.height) // 2
+        sheet.paste(picture, (gap + column * (side + gap) + (side - picture.width) // 2, top))
     return sheet
 
 
 def bundled_pictures() -> Iterator[tuple[str, Image.Image]]:
     """(file name, picture) of the pictures that ship with the package."""
     for name, number in BUNDLED.items():
-        yield name, render(draw_scene(HELD_OUT_SEEDS[number]))
+        yield name, poster(HELD_OUT_SEEDS[number], BUNDLED_SIZE)
 
 
 def main() -> None:
@@ -88,9 +100,8 @@ def main() -> None:
     elif args.grid:
         contact_sheet(range(args.seed, args.seed + 24), 6, args.size).save(args.out)
     else:
-        scene = draw_scene(args.seed)
-        render(scene, scene.height * args.size // LONG_SIDE, scene.width * args.size // LONG_SIDE).save(args.out)
-        for question in questions(scene, args.seed):
+        poster(args.seed, args.size).save(args.out)
+        for question in questions(draw_scene(args.seed), args.seed):
             print(f"{question.kind:9}{question.question}  →  {question.answer}")
 
 

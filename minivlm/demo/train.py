@@ -1,0 +1,229 @@
+"""How the demo models were made: from nothing to a model that describes posters, on two CPU cores.
+
+    python -m minivlm.demo.train --out minivlm/demo/llava_next
+
+Two stages, the order that the published models follow, too. First the tower learns to see (CLIP did, before LLaVA was built on it):
+each patch must name what is in it. Then everything is trained together on conversations. From scratch and all at once, the language
+model learns to answer from the question alone and stays blind. Interrupt it when you like; the same command goes on.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from minivlm.demo.world import CLASS_NAMES, LONG_SIDE, TRAIN_SEEDS, conversation, corpus, draw_scene, label_map, render
+from minivlm.images import ImageConfig, anyres_tiles, fitted_size
+from minivlm.models import llava_next
+from minivlm.train import fit, initialise, next_token_loss
+from minivlm.weights import save_weights
+
+TILE, PATCH = 72, 12  # pixels
+CANVASES = [[144, 144], [72, 144], [144, 72]]  # (height, width) in pixels
+# Longer sides of training pictures in pixels; at LONG_SIDE nothing has to be resized. Users' pictures are larger.
+SIDES = (LONG_SIDE, LONG_SIDE, 2 * LONG_SIDE, 216, 180, 336)
+
+# ChatML, as in llava-v1.6-34b and llava-next-72b.
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content if part.type == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ part.text }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ part.text }}<|im_end|>{% endif %}{% endfor %}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Capitals that are not the beginning of a word are read letter by letter, digits one by one; a word takes its space along.
+SPLIT = r"\p{Lu}(?!\p{Ll})|\p{N}| ?\p{L}+|[^\p{L}\p{N}]"
+
+CONFIG = {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "model_type": "llava_next",
+    "image_grid_pinpoints": CANVASES,
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": True,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "image_size": TILE,
+        "patch_size": PATCH,
+        "projection_dim": 128,
+        "hidden_act": "quick_gelu",
+    },
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 144,
+        "intermediate_size": 400,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def make_folder(folder: Path):
+    """Everything of a checkpoint but its weights, laid out as on the hub."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        [*corpus(), "system user assistant"],
+        trainers.BpeTrainer(vocab_size=508, initial_alphabet=alphabet, show_progress=False),
+    )
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {token: tokenizer.token_to_id(token) for token in special}
+
+    text = {**CONFIG["text_config"], "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": ids["<|im_end|>"]}
+    preprocessor = {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "crop_size": {"height": TILE, "width": TILE},
+        "size": {"shortest_edge": TILE},
+        "image_grid_pinpoints": CANVASES,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        **{f"do_{step}": True for step in ("center_crop", "convert_rgb", "normalize", "pad", "rescale", "resize")},
+    }
+    files = {
+        "config.json": {**CONFIG, "text_config": text, "image_token_index": ids["<image>"], "torch_dtype": "float16"},
+        "preprocessor_config.json": preprocessor,
+        "processor_config.json": {
+            "processor_class": "LlavaNextProcessor",
+            "image_token": "<image>",
+            "num_additional_image_tokens": 1,
+            "patch_size": PATCH,
+            "vision_feature_select_strategy": "default",
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "padding_side": "left",
+        },
+        "generation_config.json": {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]},
+        "chat_template.json": {"chat_template": TEMPLATE},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+class Talks(Dataset):
+    """Batch i: conversations about scenes that no other batch has, as `Inputs` with labels."""
+
+    def __init__(self, processor, num_batches: int, batch_size: int, first_seed: int):
+        self.processor, self.num_batches, self.batch_size, self.first_seed = processor, num_batches, batch_size, first_seed
+
+    def __len__(self):
+        return self.num_batches
+
+    def __getitem__(self, index: int):
+        start = self.first_seed + index * self.batch_size
+        talks = []
+        for seed in TRAIN_SEEDS[start : start + self.batch_size]:
+            scene, messages = conversation(seed, turns=7)
+            side = SIDES[seed % len(SIDES)]
+            picture = render(scene, scene.height * side // LONG_SIDE, scene.width * side // LONG_SIDE)
+            messages[0]["content"][0]["image"] = picture
+            talks.append(messages)
+        return self.processor(talks, labels=True, add_generation_prompt=False)
+
+
+class Patches(Dataset):
+    """Batch i: the tiles of pictures, and which classes cover at least a tenth of each patch: `(I, 3, h, w)`, `(I, P, classes)`."""
+
+    def __init__(self, images: ImageConfig, num_batches: int, batch_size: int):
+        self.images, self.num_batches, self.batch_size = images, num_batches, batch_size
+
+    def __len__(self):
+        return self.num_batches
+
+    def __getitem__(self, index: int):
+        pixels, targets = [], []
+        for seed in TRAIN_SEEDS[index * self.batch_size : (index + 1) * self.batch_size]:
+            scene = draw_scene(seed)
+            picture = render(scene, scene.height, scene.width)
+            pixels.append(anyres_tiles(picture, self.images))
+            targets.append(self.classes_of_patches(scene))
+        return torch.cat(pixels), torch.cat(targets)
+
+    @staticmethod
+    def classes_of_patches(scene) -> Tensor:
+        canvas = np.zeros((LONG_SIDE, LONG_SIDE), np.uint8)
+        height, width = fitted_size((scene.height, scene.width), (LONG_SIDE, LONG_SIDE))
+        top, left = (LONG_SIDE - height) // 2, (LONG_SIDE - width) // 2
+        canvas[top : top + height, left : left + width] = label_map(scene, height, width)
+        tiles = canvas.reshape(2, TILE, 2, TILE).swapaxes(1, 2).reshape(4, TILE, TILE)
+        views = torch.from_numpy(np.concatenate([label_map(scene, TILE, TILE)[None], tiles])).long()  # (5, TILE, TILE)
+        side = TILE // PATCH
+        patches = views.view(-1, side, PATCH, side, PATCH).transpose(2, 3).reshape(len(views), side * side, -1)
+        counts = torch.zeros(*patches.shape[:2], len(CLASS_NAMES)).scatter_add_(2, patches, torch.ones(patches.shape))
+        return (counts >= 0.1 * PATCH * PATCH).float()  # (5, P, classes)
+
+
+class PatchReader(nn.Module):
+    """The tower with a linear reading of every patch: what it sees, it must be able to say."""
+
+    def __init__(self, tower: nn.Module, width: int):
+        super().__init__()
+        self.tower = tower
+        self.head = nn.Linear(width, len(CLASS_NAMES))
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        pixels, targets = batch
+        logits = self.head(self.tower(pixels, (-1,), True))  # (I, P, classes)
+        return F.binary_cross_entropy_with_logits(logits, targets) * len(CLASS_NAMES)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m minivlm.demo.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--see", type=int, default=1000, help="steps of the first stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=6000, help="steps of the second stage (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak (default: %(default)s)")
+    args = parser.parse_args()
+
+    make_folder(args.out)
+    config = json.loads((args.out / "config.json").read_text())
+    processor = llava_next.Processor.from_folder(args.out, config)
+    model = llava_next.Model.from_config(config)
+    initialise(model)
+    work = args.out / "training"  # the state of an interrupted run; removed at the end
+    work.mkdir(exist_ok=True)
+
+    reader = PatchReader(model.vision_tower, config["vision_config"]["hidden_size"])
+    seen = Patches(processor.images, args.see, args.batch_size)
+    fit(reader, seen, reader.loss, args.learning_rate, work / "see.pt", name="seeing")
+
+    talks = Talks(processor, args.talk, args.batch_size, first_seed=args.see * args.batch_size)
+    fit(model, talks, lambda batch: next_token_loss(model, batch), args.learning_rate, work / "talk.pt", name="talking")
+    save_weights(model.half(), args.out, llava_next.KEYS)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
