@@ -6,7 +6,7 @@ A checkpoint's names differ by the year and by the tool that wrote it. Each mode
             "lm_head": ("language_model.lm_head", "lm_head"), ...}
 
 of prefixes that end where a name has a dot (the dot is not written), or of whole names ("image_newline"). The longest
-spelling that fits a name on disk wins. The first of each tuple is what the hub publishes, and what `save_weights` writes.
+spelling that fits a name on disk wins. The first of each tuple is what the hub publishes and `save_weights` writes.
 
 Nothing is read before it is needed. A safetensors file is mapped into memory and a parameter is a view of that map: its
 bytes come from the disk when the model first uses them, and take no memory. What must change (dtype, device, packing)
@@ -127,11 +127,11 @@ def _read_shards(index: Path, read_shard: Callable[[Path], dict[str, Stored]]) -
     weight_map = read_json(index).get("weight_map")
     # a shard is a plain file name: an index from the network must not reach out of its folder
     if not isinstance(weight_map, dict) or not all(
-            isinstance(f, str) and Path(f).name == f and f.isprintable() for f in weight_map.values()):
+            isinstance(f, str) and Path(f).name == f and f.isprintable() and len(f) < 256 for f in weight_map.values()):
         raise MinivlmError(f"{index} is damaged (no weight_map from tensors to files): download it again")
     found: dict[str, Stored] = {}
     for file in sorted(set(weight_map.values())):
-        if not os.path.isfile(index.parent / file):      # not Path.is_file, which raises where a name is too long
+        if not (index.parent / file).is_file():
             raise MinivlmError(f"{index} names {file}, which is not in the folder: download that shard")
         shard = read_shard(index.parent / file)
         found.update((tensor, stored) for tensor, stored in shard.items() if weight_map.get(tensor, file) == file)
@@ -146,7 +146,7 @@ def stored_dtype(folder: Path | str) -> torch.dtype:
     sizes: dict[torch.dtype, int] = {}
     for stored in read_headers(folder).values():
         sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.num_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def _read_safetensors(file: Path) -> dict[str, Stored]:
@@ -183,7 +183,8 @@ def _read_bin(file: Path) -> dict[str, Stored]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:    # pickle's documentation: a damaged file may raise anything
         raise MinivlmError(f"{file} is damaged or holds code ({_one_line(error)}): download it again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                                                for name, tensor in tensors.items()):
         raise MinivlmError(f"{file} is not a table of tensors: minivlm reads checkpoints as transformers saves them")
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
@@ -209,9 +210,10 @@ def load_weights(model: nn.Module, folder: Path | str, keys: Keys, dtype: torch.
                  device: torch.device | str = "cpu", skip: Iterable[str] = (), pack: bool = True) -> Report:
     """Fill `model`, which was built under `torch.device("meta")`, with the folder's tensors as `dtype` on `device`.
 
-    `skip`: prefixes or `*` patterns, of our names or of those on disk, that are neither loaded nor missed (a tied head,
-    a tower that is not wanted); their bytes are never read. `pack`: on a CPU in bfloat16, a module that has a `pack()`
-    method is packed as soon as its tensors are there. Raises with the names of what is missing, unexpected, misshapen.
+    `skip`: prefixes or `*` patterns of our names (on disk, where `keys` gives a tensor none) that are neither loaded nor
+    missed, such as a tied head or a tower that is not wanted; their bytes are never read. `pack`: on a CPU in bfloat16, a
+    module that has a `pack()` method is packed as soon as its tensors are there. Raises with the names of what is missing,
+    unexpected or misshapen.
     """
     begun = time.perf_counter()
     folder, device, skip = Path(folder), torch.device(device), tuple(skip)
@@ -255,7 +257,7 @@ def _find(folder: Path, keys: Keys, wanted: Mapping[str, torch.Tensor],
                        key=lambda pair: -len(pair[0]))
     for name, stored in read_headers(folder).items():
         ours = next((_swap(name, spelling, ours) for spelling, ours in spellings if _starts(name, spelling)), None)
-        if name.endswith(STALE) or _matches(name, skip) or (ours is not None and _matches(ours, skip)):
+        if name.endswith(STALE) or _matches(name if ours is None else ours, skip):
             continue
         if ours not in wanted:
             faults["unexpected"].append(name)
@@ -357,7 +359,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(" ".join(name.split()) for name in names[:NAMED]) + more
+    return ", ".join(" ".join(name.split())[:200] for name in names[:NAMED]) + more
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,587 @@
+"""Every spelling loads strictly, what is wrong is named in one line, and no memory is taken that need not be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minivlm import weights
+from minivlm.errors import MinivlmError
+from minivlm.layers import Linear
+from minivlm.weights import Stored, load_weights, read_config, read_headers, save_weights, stored_dtype
+
+KEYS = {
+    "decoder": ("language_model.model", "model.language_model", "model"),
+    "decoder.head": ("language_model.lm_head", "lm_head"),
+    "tower": ("vision_tower.vision_model", "vision_tower", "model.vision_tower.vision_model", "model.vision_tower"),
+    "projector.linear_1": ("multi_modal_projector.linear_1", "model.mm_projector.0"),
+    "newline": ("image_newline", "model.image_newline"),
+}
+OURS = {
+    "newline": (3,),
+    "decoder.embed.weight": (5, 4),
+    "decoder.layers.0.weight": (4, 4),
+    "decoder.layers.0.bias": (4,),
+    "decoder.layers.1.weight": (4, 4),
+    "decoder.layers.1.bias": (4,),
+    "decoder.head.weight": (5, 4),
+    "tower.patch.weight": (3, 2),
+    "projector.linear_1.weight": (4, 3),
+}
+LAYOUTS = {  # the names that the files of each kind hold, in the order of OURS
+    "hub": ("image_newline", "language_model.model.embed.weight", "language_model.model.layers.0.weight",
+            "language_model.model.layers.0.bias", "language_model.model.layers.1.weight",
+            "language_model.model.layers.1.bias", "language_model.lm_head.weight",
+            "vision_tower.vision_model.patch.weight", "multi_modal_projector.linear_1.weight"),
+    "4.52": ("model.image_newline", "model.language_model.embed.weight", "model.language_model.layers.0.weight",
+             "model.language_model.layers.0.bias", "model.language_model.layers.1.weight",
+             "model.language_model.layers.1.bias", "lm_head.weight", "model.vision_tower.vision_model.patch.weight",
+             "multi_modal_projector.linear_1.weight"),
+    "v5": ("model.image_newline", "model.language_model.embed.weight", "model.language_model.layers.0.weight",
+           "model.language_model.layers.0.bias", "model.language_model.layers.1.weight",
+           "model.language_model.layers.1.bias", "lm_head.weight", "model.vision_tower.patch.weight",
+           "multi_modal_projector.linear_1.weight"),
+    "original": ("model.image_newline", "model.embed.weight", "model.layers.0.weight", "model.layers.0.bias",
+                 "model.layers.1.weight", "model.layers.1.bias", "lm_head.weight",
+                 "vision_tower.patch.weight", "model.mm_projector.0.weight"),
+}  # fmt: skip
+HUB = dict(zip(OURS, LAYOUTS["hub"], strict=True))
+
+
+class Packing(nn.Linear):
+    """Notes, when packed, which weights of the whole model have arrived."""
+
+    def __init__(self, width, journal):
+        super().__init__(width, width)
+        self.journal = journal
+
+    def pack(self):
+        self.journal.append([name for name, tensor in self.journal.model.named_parameters() if not tensor.is_meta])
+
+
+class Journal(list):
+    model = None
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.journal = Journal()
+        self.newline = nn.Parameter(torch.empty(3))
+        self.decoder = nn.Module()
+        self.decoder.embed = nn.Embedding(5, 4)
+        self.decoder.layers = nn.ModuleList([Packing(4, self.journal) for _ in range(2)])
+        self.decoder.head = nn.Linear(4, 5, bias=False)
+        self.tower = nn.Module()
+        self.tower.patch = nn.Linear(2, 3, bias=False)
+        self.projector = nn.Module()
+        self.projector.linear_1 = nn.Linear(3, 4, bias=False)
+        self.journal.model = self
+
+
+def empty():
+    with torch.device("meta"):
+        return Tiny()
+
+
+def tensors(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in OURS.items()}
+
+
+def write(folder, layout="hub", dtype=torch.float32, changes=None):
+    """A single safetensors file of `layout`; `changes`: name on disk → tensor, or None to leave it out."""
+    disk = dict(zip(LAYOUTS[layout], tensors(dtype).values(), strict=True)) | (changes or {})
+    save_file({name: tensor for name, tensor in disk.items() if tensor is not None}, folder / "model.safetensors")
+
+
+def write_shards(folder, kind="safetensors"):
+    disk = dict(zip(LAYOUTS["hub"], tensors().values(), strict=True))
+    stem, save = ("model", save_file) if kind == "safetensors" else ("pytorch_model", torch.save)
+    names = list(disk)
+    parts = {f"{stem}-0000{i + 1}-of-00003.{kind}": names[i::3] for i in range(3)}
+    for file, part in parts.items():
+        save({name: disk[name] for name in part}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+    return list(parts)
+
+
+def check_equal(model, theirs):
+    ours = model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def refusal(call, *arguments, **keywords):
+    """The one line that the call is refused with."""
+    with pytest.raises(MinivlmError) as caught:
+        call(*arguments, **keywords)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 1200
+    return text
+
+
+def load(folder, **keywords):
+    model = empty()
+    keywords = {"dtype": torch.float32} | keywords
+    return model, load_weights(model, folder, KEYS, **keywords)
+
+
+# ---- layouts and containers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_load_every_layout(tmp_path, layout):
+    write(tmp_path, layout)
+    model, report = load(tmp_path)
+    check_equal(model, tensors())
+    assert report.tensors == len(OURS) and report.dtypes == (torch.float32,)
+    assert report.num_bytes == 4 * sum(tensor.numel() for tensor in tensors().values())
+    assert report.layout == ("hub" if layout == "hub" else "other")
+
+
+def test_load_longest_spelling_wins_whatever_the_order(tmp_path):
+    write(tmp_path, "v5")
+    model = empty()
+    load_weights(model, tmp_path, dict(reversed(KEYS.items())), torch.float32)
+    check_equal(model, tensors())
+
+
+def test_load_without_the_longer_spelling_fails(tmp_path):
+    """The twin: "model" alone would swallow "model.language_model"."""
+    write(tmp_path, "v5")
+    shorter = KEYS | {"decoder": ("language_model.model", "model")}
+    text = refusal(load_weights, empty(), tmp_path, shorter, torch.float32)
+    assert "model.language_model.layers.0.weight" in text
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_load_shards(tmp_path, kind):
+    write_shards(tmp_path, kind)
+    model, _ = load(tmp_path)
+    check_equal(model, tensors())
+
+
+def test_load_single_bin(tmp_path):
+    torch.save(dict(zip(LAYOUTS["original"], tensors().values(), strict=True)), tmp_path / "pytorch_model.bin")
+    model, _ = load(tmp_path)
+    check_equal(model, tensors())
+
+
+def test_load_prefers_safetensors(tmp_path):
+    write(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    check_equal(load(tmp_path)[0], tensors())
+
+
+def test_load_submodule_with_empty_prefix(tmp_path):
+    clip = {"vision_model.weight": torch.ones(2, 2), "text_model.weight": torch.ones(1)}
+    save_file(clip, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        tower = nn.Linear(2, 2, bias=False)
+    load_weights(tower, tmp_path, {"": ("vision_model",)}, torch.float32, skip=["text_model"])
+    assert torch.equal(tower.weight, torch.ones(2, 2))
+
+
+def test_load_tensors_at_odd_offsets(tmp_path):
+    """Old writers did not pad the header, so a float may begin at any byte."""
+    write(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip() + b" "
+    header += b" " * (1 - len(header) % 2)
+    assert len(header) % 2
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    check_equal(load(tmp_path)[0], tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_load_converts_dtype(tmp_path, dtype):
+    write(tmp_path, dtype=dtype)
+    model, report = load(tmp_path)
+    assert stored_dtype(tmp_path) == dtype and report.dtypes == (dtype,)
+    check_equal(model, {name: tensor.to(dtype).float() for name, tensor in tensors().items()})
+
+
+def test_stored_dtype_goes_by_bytes(tmp_path):
+    save_file({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(100).half()}, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) == torch.float16
+
+
+def test_load_keeps_buffers_and_requires_grad(tmp_path):
+    save_file({"scale": torch.ones(2), "weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = nn.BatchNorm1d(2, track_running_stats=False)
+        model.register_buffer("scale", torch.empty(2))
+        model.bias = None
+    model.weight.requires_grad = False
+    load_weights(model, tmp_path, {"": ("",)}, torch.float32)
+    assert not model.weight.requires_grad and isinstance(model.weight, nn.Parameter)
+    assert list(dict(model.named_buffers())) == ["scale"]
+
+
+def test_load_refuses_to_leave_a_meta_tensor(tmp_path):
+    write(tmp_path)
+    model = empty()
+    model.register_buffer("inv_freq", torch.empty(2, device="meta"), persistent=False)
+    with pytest.raises(AssertionError, match="inv_freq"):
+        load_weights(model, tmp_path, KEYS, torch.float32)
+
+
+# ---- what is left out ------------------------------------------------------------------------------------------------
+
+
+def test_load_ignores_stale_tables(tmp_path):
+    stale = ("language_model.model.layers.0.rotary_emb.inv_freq", "vision_tower.vision_model.position_ids")
+    write(tmp_path, changes={name: torch.ones(2) for name in stale})
+    check_equal(load(tmp_path)[0], tensors())
+
+
+@pytest.mark.parametrize("skip", ["tower", "tower.patch.weight", "tower.*", "*.patch.weight"])
+def test_skip_never_reads(tmp_path, monkeypatch, skip):
+    write(tmp_path)
+    read = []
+    tensor = Stored.tensor
+    monkeypatch.setattr(Stored, "tensor", lambda self: read.append(self.start) or tensor(self))
+    tower = read_headers(tmp_path)["vision_tower.vision_model.patch.weight"].start
+    model, report = load(tmp_path, skip=[skip])
+    assert tower not in read and len(read) == report.tensors == len(OURS) - 1
+    assert model.tower.patch.weight.is_meta
+    load(tmp_path)
+    assert tower in read
+
+
+def test_skip_of_what_the_model_lacks(tmp_path):
+    write(tmp_path)
+    model = empty()
+    del model.tower
+    assert "vision_tower.vision_model.patch.weight" in refusal(load_weights, model, tmp_path, KEYS, torch.float32)
+    load_weights(model, tmp_path, KEYS, torch.float32, skip=["tower"])
+
+
+def test_skip_names_what_has_no_name_of_ours(tmp_path):
+    write(tmp_path, changes={"logit_scale": torch.ones(1)})
+    assert "1 unexpected: logit_scale" in refusal(load, tmp_path)
+    check_equal(load(tmp_path, skip=["logit_scale", "vision_tower"])[0], tensors())    # ours is "tower"
+
+
+def test_skip_ends_at_a_dot(tmp_path):
+    write(tmp_path)
+    model, _ = load(tmp_path, skip=["tow"])
+    check_equal(model, tensors())
+
+
+# ---- strictness ------------------------------------------------------------------------------------------------------
+
+
+def test_error_names_missing(tmp_path):
+    write(tmp_path, changes={"image_newline": None, "language_model.lm_head.weight": None})
+    assert "2 missing: image_newline, language_model.lm_head.weight" in refusal(load, tmp_path)
+
+
+def test_error_names_unexpected(tmp_path):
+    write(tmp_path, changes={"text.extra": torch.ones(1), "vision_tower.vision_model.more": torch.ones(1)})
+    assert "2 unexpected: text.extra, vision_tower.vision_model.more" in refusal(load, tmp_path)
+
+
+def test_error_names_both_shapes(tmp_path):
+    write(tmp_path, changes={"language_model.lm_head.weight": torch.ones(6, 4)})
+    assert "1 misshapen: language_model.lm_head.weight [6, 4], not [5, 4]" in refusal(load, tmp_path)
+
+
+def test_error_names_renamed_twice(tmp_path):
+    write(tmp_path, changes={"image_newline": None, "image_new_line": torch.ones(3)})
+    text = refusal(load, tmp_path)
+    assert "1 unexpected: image_new_line" in text and "1 missing: image_newline" in text
+
+
+def test_error_names_a_tensor_in_two_spellings(tmp_path):
+    write(tmp_path, changes={"model.image_newline": torch.ones(3)})
+    text = refusal(load, tmp_path)
+    assert "image_newline" in text and "model.image_newline" in text
+
+
+def test_error_counts_beyond_five(tmp_path):
+    write(tmp_path, changes={f"extra.{i}\nline": torch.ones(1) for i in range(40)})
+    text = refusal(load, tmp_path)
+    assert "40 unexpected" in text and "and 35 more" in text and text.count("extra.") == 5
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_error_no_weights(tmp_path):
+    assert "no weights" in refusal(load, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+def test_error_truncated_file(tmp_path, keep):
+    write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    text = refusal(load, tmp_path)
+    assert "model.safetensors is damaged or incomplete" in text and "download it again" in text
+
+
+@pytest.mark.parametrize("header", [
+    b"[]", b"{}}", b"\xff" * 30, b"[" * 9999, b'{"a": 1}', b'{"a": {"dtype": "F32"}}',
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}',
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+])  # fmt: skip
+def test_error_corrupt_header(tmp_path, header):
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    assert "model.safetensors is damaged" in refusal(load, tmp_path)
+
+
+def test_error_missing_shard(tmp_path):
+    lost = write_shards(tmp_path)[1]
+    (tmp_path / lost).unlink()
+    assert f"names {lost}, which is not in the folder" in refusal(load, tmp_path)
+
+
+def test_error_index_names_a_tensor_nobody_holds(tmp_path):
+    file = write_shards(tmp_path)[0]
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["phantom"] = file
+    index.write_text(json.dumps(content))
+    assert "phantom" in refusal(load, tmp_path)
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "{", "{}", "[" * 99999, '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ""}}',
+    '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": "/etc/hosts"}}',
+    '{"weight_map": {"a": "x\\u0000y"}}', json.dumps({"weight_map": {"a": "x" * 5000}}),
+])  # fmt: skip
+def test_error_corrupt_index(tmp_path, content):
+    write_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refusal(load, tmp_path)[:500]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_error_quantised_tensor(tmp_path, dtype, kind):
+    value = {"a.qweight": torch.zeros(4).to(dtype)}
+    if kind == "bin":
+        torch.save(value, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(value, tmp_path / "model.safetensors")
+    text = refusal(load, tmp_path)
+    assert "a.qweight is stored as" in text and "quantised" in text
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_bin_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Attack()}, tmp_path / "pytorch_model.bin")
+    assert "pytorch_model.bin is damaged or holds code" in refusal(load, tmp_path)
+    assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"a": torch.ones(1)}}, [torch.ones(1)], {3: torch.ones(1)}])
+def test_error_bin_of_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    assert "not a table of tensors" in refusal(load, tmp_path)
+
+
+def test_error_truncated_bin(tmp_path):
+    file = tmp_path / write_shards(tmp_path, "bin")[2]
+    file.write_bytes(file.read_bytes()[:-50])
+    assert f"{file.name} is damaged" in refusal(load, tmp_path)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 255), st.sampled_from(["shard", "index", "config"]))
+def test_mutated_files_load_or_are_refused(tmp_path_factory, position, byte, name):
+    folder = tmp_path_factory.mktemp("mutated")
+    shard = write_shards(folder)[0]
+    (folder / "config.json").write_text('{"model_type": "llava", "quantization_config": null, "x": [1, 2.5, "é"]}')
+    file = folder / {"shard": shard, "index": "model.safetensors.index.json", "config": "config.json"}[name]
+    data = bytearray(file.read_bytes())
+    data[int(position * len(data))] = byte
+    file.write_bytes(data)
+    try:
+        read_config(folder)
+        load(folder)
+    except MinivlmError as error:
+        assert "\n" not in str(error)
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+def test_read_config(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "quantization_config": null}')
+    assert read_config(tmp_path)["model_type"] == "llava"
+
+
+@pytest.mark.parametrize(("content", "told"), [
+    ("", "damaged"), ("{", "damaged"), ("[1]", "damaged"), ("\x00", "damaged"), ("[" * 99999, "damaged"),
+    ('{"model_type": 3}', "model_type"), ('{"hello": "world"}', "model_type"),
+    ('{"model_type": "llava", "quantization_config": {"quant_method": "awq", "bits": 4}}', "awq"),
+    ('{"model_type": "llava", "quantization_config": {"quant_method": "gptq"}}', "gptq"),
+    ('{"model_type": "llava", "quantization_config": {"load_in_4bit": true}}', "quantised"),
+])  # fmt: skip
+def test_read_config_errors(tmp_path, content, told):
+    (tmp_path / "config.json").write_text(content)
+    assert told in refusal(read_config, tmp_path)
+
+
+def test_read_config_of_no_checkpoint(tmp_path):
+    assert "not a folder" in refusal(read_config, tmp_path / "nowhere")
+    assert "no config.json" in refusal(read_config, tmp_path)
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    assert "damaged" in refusal(read_config, tmp_path)
+
+
+# ---- packing and memory ----------------------------------------------------------------------------------------------
+
+
+def test_pack_follows_each_layer(tmp_path):
+    """When a layer is packed its own weights are there and the next layer's are not: never two copies of everything."""
+    write(tmp_path)
+    model, _ = load(tmp_path, dtype=torch.bfloat16)
+    first, second = model.journal
+    assert "decoder.layers.0.weight" in first and "decoder.layers.0.bias" in first
+    assert "decoder.layers.1.weight" not in first and "decoder.layers.1.weight" in second
+
+
+@pytest.mark.parametrize("keywords", [{"pack": False, "dtype": torch.bfloat16}, {"dtype": torch.float32}])
+def test_pack_only_where_asked(tmp_path, keywords):
+    write(tmp_path)
+    assert not load(tmp_path, **keywords)[0].journal
+
+
+def test_training_in_place_leaves_the_file(tmp_path):
+    write(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model, _ = load(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    check_equal(model, {name: tensor + 1 for name, tensor in tensors().items()})
+
+
+MEMORY = """
+import sys, torch
+from torch import nn
+from minivlm.weights import load_weights
+def megabytes(name):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
+with torch.device("meta"):
+    model = nn.Sequential(*(nn.Linear(2560, 2560, bias=False) for _ in range(16)))
+torch.ones(1).bfloat16().float()
+anonymous, peak = megabytes("RssAnon"), megabytes("VmHWM")
+load_weights(model, sys.argv[1], {"": ("",)}, getattr(torch, sys.argv[2]))
+print(megabytes("RssAnon") - anonymous, megabytes("VmHWM") - peak, float(model[7].weight[0, 0]))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """200 MiB of bfloat16 in 16 layers."""
+    folder = tmp_path_factory.mktemp("large")
+    weight = torch.full((2560, 2560), 0.5, dtype=torch.bfloat16)
+    save_file({f"{i}.weight": weight.clone() for i in range(16)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory")
+@pytest.mark.parametrize(("dtype", "copy"), [("bfloat16", 0), ("float32", 400)])
+def test_memory_is_one_copy_and_one_layer(large, dtype, copy):
+    """Nothing where nothing changes; else one copy, beside which not even the file's own pages stay."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, large, dtype], capture_output=True, text=True, check=True)
+    anonymous, peak, value = map(float, done.stdout.split())
+    assert value == 0.5
+    assert copy - 20 < anonymous < copy + 20
+    assert peak < copy + 60
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def loaded(tmp_path):
+    write(tmp_path, "v5")
+    return load(tmp_path)[0]
+
+
+def test_save_writes_the_hubs_names(tmp_path):
+    save_weights(loaded(tmp_path), tmp_path / "out", KEYS)
+    theirs = load_file(tmp_path / "out" / "model.safetensors")
+    assert theirs.keys() == set(HUB.values())
+    for ours, name in HUB.items():
+        assert torch.equal(tensors()[ours], theirs[name])
+    assert os.listdir(tmp_path / "out") == ["model.safetensors"]
+    header = (tmp_path / "out" / "model.safetensors").read_bytes()[:200]
+    assert b'"__metadata__":{"format":"pt"}' in header
+
+
+def test_save_round_trips(tmp_path):
+    save_weights(loaded(tmp_path), tmp_path, KEYS)      # over the very file that the weights are views of
+    model, report = load(tmp_path)
+    check_equal(model, tensors())
+    assert report.layout == "hub"
+
+
+def test_save_shards(tmp_path):
+    model, out = loaded(tmp_path), tmp_path / "out"
+    save_weights(model, out, KEYS, shard_bytes=200)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == sorted(file.name for file in out.glob("*.safetensors")) and len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert index["metadata"]["total_size"] == 4 * sum(tensor.numel() for tensor in tensors().values())
+    for file in files:
+        shard = load_file(out / file)
+        assert sum(tensor.nbytes for tensor in shard.values()) <= 200
+        assert all(index["weight_map"][name] == file for name in shard)
+    check_equal(load(out)[0], tensors())
+
+    save_weights(model, out, KEYS)                      # one file again, and no shards of old beside it
+    assert os.listdir(out) == ["model.safetensors"]
+
+
+def test_save_that_fails_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    model, out = loaded(tmp_path), tmp_path / "out"
+    save_weights(model, out, KEYS)
+    before = (out / "model.safetensors").read_bytes()
+    calls = []
+
+    def full(shard, file, metadata):
+        calls.append(file)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError("No space left on device")
+        return save_file(shard, file, metadata)
+
+    monkeypatch.setattr(weights, "save_file", full)
+    text = refusal(save_weights, model, out, KEYS, shard_bytes=200)
+    assert "No space left on device" in text and "is there room" in text
+    assert os.listdir(out) == ["model.safetensors"] and (out / "model.safetensors").read_bytes() == before
+
+
+def test_save_of_packed_layers(tmp_path):
+    model = nn.Sequential(Linear(8, 8), Linear(8, 8, bias=False)).bfloat16()
+    theirs = {name: tensor.normal_().clone() for name, tensor in model.state_dict().items()}
+    for layer in model:
+        layer.pack()
+    save_weights(model, tmp_path, {"": ("model",)})
+    ours = load_file(tmp_path / "model.safetensors")
+    assert ours.keys() == {f"model.{name}" for name in theirs}
+    assert all(torch.equal(ours[f"model.{name}"], tensor) for name, tensor in theirs.items())
