@@ -9,9 +9,10 @@ from math import cos, pi, sin
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from minivlm.demo.scene import CAP_HEIGHT, COLOURS, SHAPES, SIGN_HEIGHT, Scene, Sign, Thing
+from minivlm.demo.scene import COLOURS, LETTER_HEIGHT, SHAPES, SIGN_HEIGHT, Scene, Sign, Thing
 
 OVERSAMPLING = 2  # pixels drawn per pixel shown, along each side: smooth edges
+GLYPH = 128  # pixels, the height in which letters are drawn before they are shrunk
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 CLASS_NAMES = ("background", *(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS), "sign", *LETTERS)
 _CLASS = {name: number for number, name in enumerate(CLASS_NAMES)}
@@ -64,18 +65,18 @@ def _draw_shape(draw, thing: Thing, scale, grow, shift, fill):
 
 @cache
 def _big_glyph(letter):
-    """The letter in white on black, capitals 110 pixels high and slightly emboldened, cut to its own width. Pillow's
+    """The letter in white on black, GLYPH pixels high and slightly emboldened, cut to its own width. Pillow's
     own font needs no file, and shrunk from this size nothing is left of the hinting in which its versions could differ.
     """
-    font, mask = ImageFont.load_default(160), Image.new("L", (220, 118))
-    ImageDraw.Draw(mask).text((20, -42), letter, font=font, fill=255, stroke_width=2)
+    font, mask = ImageFont.load_default(160), Image.new("L", (220, GLYPH))
+    ImageDraw.Draw(mask).text((20, -40), letter, font=font, fill=255, stroke_width=3)
     left, _, right, _ = mask.getbbox()
-    return mask.crop((left, 0, right, 118))
+    return mask.crop((left, 0, right, GLYPH))
 
 
 def _glyph_width(letter):
-    """Units; letters are set a quarter narrower than the font has them, so that five of them fit a cell."""
-    return _big_glyph(letter).width * CAP_HEIGHT / 118 * 0.76
+    """Units; letters are set narrower than the font has them, W most, so that five of them fit a cell."""
+    return min(7.4, _big_glyph(letter).width * LETTER_HEIGHT / GLYPH * 0.76)
 
 
 @lru_cache(maxsize=4096)
@@ -85,13 +86,13 @@ def _glyph(letter, height, width):
 
 def _sign_boxes(sign: Sign):
     """Board and letters as boxes (left, top, right, bottom) in units."""
-    gap = 1.5
+    gap = 1.8
     widths = [_glyph_width(letter) for letter in sign.text]
     text_width = sum(widths) + gap * (len(widths) - 1)
     half_width, half_height = text_width / 2 + 3.5, SIGN_HEIGHT / 2
     x, boxes = sign.x - text_width / 2, []
     for width in widths:
-        boxes.append((x, sign.y - CAP_HEIGHT / 2, x + width, sign.y + CAP_HEIGHT / 2))
+        boxes.append((x, sign.y - LETTER_HEIGHT / 2, x + width, sign.y + LETTER_HEIGHT / 2))
         x += width + gap
     return (sign.x - half_width, sign.y - half_height, sign.x + half_width, sign.y + half_height), boxes
 

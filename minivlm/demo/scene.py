@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 LONG_SIDE = 144  # units; as many pixels as the demo models' largest canvas has, so one unit is one pixel there
-CAP_HEIGHT = 9.5  # units, of a sign's letters; less than five pixels once a poster is squashed to 72 × 72
+LETTER_HEIGHT = 10.3  # units, with Q's tail; less than five pixels without it, once a poster is squashed to 72 × 72
 SIGN_HEIGHT = 17.0  # units
 
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 COLOURS = {
     "red": (222, 49, 54),
-    "orange": (247, 139, 30),
-    "yellow": (250, 211, 44),
+    "orange": (246, 134, 30),
+    "yellow": (252, 216, 48),
     "green": (52, 160, 82),
     "blue": (44, 105, 212),
     "purple": (128, 66, 178),
