@@ -2,7 +2,7 @@
 
 Holds what several families share: CLIP's resize-crop-normalise, and anyres, which lays a large picture out as a grid of
 tiles the tower can see. What one family does alone (Qwen2-VL's patches, Mllama's canvases) is in its model's file.
-Opening pictures is open_image.py's.
+Opening pictures is open_image.py's, reading a checkpoint's config image_config.py's.
 
 Sizes are (height, width) in pixels; grids are (rows, columns). PIL's (width, height) is turned round where PIL is
 touched. Pinpoints are the canvases anyres may choose from, as (height, width); the original LLaVA repositories write
@@ -10,102 +10,19 @@ the same numbers as (width, height): turn theirs round when reading their config
 """
 
 import functools
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
 from minivlm.errors import MinivlmError
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# What transformers' CLIP, LLaVA, LLaVA-NeXT and Video-LLaVA image processors take where a config is silent.
-CLIP_DEFAULTS = {
-    "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3,
-    "do_center_crop": True, "crop_size": 224,
-    "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
-}  # fmt: skip
-
-# Keys of a processor config that say nothing about pixels: which class wrote it, for which runtime.
-BOOKKEEPING = {
-    "processor_class", "image_processor_type", "feature_extractor_type", "auto_map", "transformers_version",
-    "_valid_processor_keys", "_valid_kwargs_names", "input_data_format", "return_tensors", "device",
-    "disable_grouping", "image_seq_length",
-}  # fmt: skip
+from minivlm.image_config import CLIP_DEFAULTS as CLIP_DEFAULTS
+from minivlm.image_config import ImageConfig, Size
 
 MAX_RESIZED_PIXELS = 64_000_000  # pixels a resize may make: a 20000 x 1 picture at shortest edge 336 has 2.3 billion
-
-
-class Size(NamedTuple):
-    """`size` of a processor config, in pixels; None: not given. Qwen2-VL's edges are areas, see there."""
-
-    height: int | None = None
-    width: int | None = None
-    shortest_edge: int | None = None
-    longest_edge: int | None = None
-
-
-@dataclass(frozen=True)
-class ImageConfig:
-    """A checkpoint's image processor config (preprocessor_config.json), field by field under its own names."""
-
-    do_resize: bool
-    size: Size
-    resample: int  # PIL's number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming
-    do_center_crop: bool
-    do_rescale: bool
-    rescale_factor: float
-    do_normalize: bool
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
-    crop_size: tuple[int, int] | None = None
-    do_pad: bool = False  # LLaVA-1.5: pad to a square first; elsewhere as the model's file says
-    image_grid_pinpoints: tuple[tuple[int, int], ...] | None = None
-    max_image_tiles: int | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    patch_size: int | None = None
-    temporal_patch_size: int | None = None
-    merge_size: int | None = None
-
-    @classmethod
-    def from_hf(cls, hf: dict, defaults: dict, overrides: dict | None = None) -> "ImageConfig":
-        """`hf`: the contents of preprocessor_config.json. `defaults`: the family's, for what `hf` leaves out or has as
-        null. `overrides`: a caller's `images_kwargs`. A field that is not honoured is an error that names it."""
-        values = _parse(defaults) | _parse(hf) | _parse(overrides or {})
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
-        if values.get("do_center_crop") and "crop_size" not in values:
-            missing.append("crop_size")
-        if missing:
-            raise MinivlmError(f"the image processor config lacks {', '.join(missing)}")
-        return cls(**values)
-
-    @classmethod
-    def from_folder(cls, folder: Path, defaults: dict, overrides: dict | None = None) -> "ImageConfig":
-        """Reads `image_processor` of processor_config.json (transformers 5) or else preprocessor_config.json; a folder
-        with neither takes the defaults."""
-        hf = _read_json(folder / "processor_config.json").get("image_processor")
-        if hf is None:
-            hf = _read_json(folder / "preprocessor_config.json")
-        return cls.from_hf(hf, defaults, overrides)
-
-    def override(self, overrides: dict) -> "ImageConfig":
-        """The same config with a caller's `images_kwargs` on top."""
-        return replace(self, **_parse(overrides)) if overrides else self
-
-    @property
-    def tile(self) -> int:
-        """Side of an anyres tile in pixels."""
-        if self.crop_size:
-            return self.crop_size[0]
-        return self.size.height or self.size.shortest_edge
 
 
 def to_pixels(image: Image.Image, config: ImageConfig) -> torch.Tensor:
@@ -134,7 +51,7 @@ def resized_size(image_size: tuple[int, int], size: Size) -> tuple[int, int]:
         return size.height, size.width
     if size.shortest_edge and not size.longest_edge:
         return shortest_edge_size(image_size, size.shortest_edge)
-    raise MinivlmError(f"the image processor's size {_given(size)} is not height and width, nor shortest_edge alone")
+    raise MinivlmError(f"the image processor's size {size.given()} is not height and width, nor shortest_edge alone")
 
 
 def shortest_edge_size(image_size: tuple[int, int], edge: int) -> tuple[int, int]:
@@ -195,24 +112,23 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def normalise(image: Image.Image, config: ImageConfig) -> torch.Tensor:
     """RGB picture -> (3, height, width) float32. A uint8 has 256 values, so the arithmetic is done once on those."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1).int()  # (3, height, width)
     table = _normalised_values(
         config.rescale_factor if config.do_rescale else 1.0,
         config.image_mean if config.do_normalize else (0.0, 0.0, 0.0),
         config.image_std if config.do_normalize else (1.0, 1.0, 1.0),
     )
-    out = torch.empty(pixels.shape)
-    for channel, values, plane in zip(pixels, table, out, strict=True):
-        torch.index_select(values, 0, channel.flatten(), out=plane.view(-1))
-    return out
+    pixels = np.asarray(image)  # (height, width, 3)
+    out = np.empty((3, image.height, image.width), dtype=np.float32)
+    for channel in range(3):
+        np.take(table[channel], pixels[:, :, channel], out=out[channel], mode="clip")  # "clip": without a copy of `out`
+    return torch.from_numpy(out)
 
 
 @functools.lru_cache(maxsize=8)
-def _normalised_values(factor: float, mean: tuple, std: tuple) -> torch.Tensor:
+def _normalised_values(factor: float, mean: tuple, std: tuple) -> np.ndarray:
     """-> (3, 256) float32: what each uint8 becomes in each channel. Rescaled in float64, normalised in float32."""
-    values = (torch.arange(256, dtype=torch.float64) * factor).float()
-    return (values - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]
+    values = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
+    return (values - np.array(mean, dtype=np.float32)[:, None]) / np.array(std, dtype=np.float32)[:, None]
 
 
 def expand_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -310,120 +226,3 @@ def unpadded_grid(
         shown = width * (rows / height)
         top, left = 0, (columns - int(round(shown, 7) if round_first else shown)) // 2
     return top, left, rows - 2 * top, columns - 2 * left
-
-
-# ---- reading a config
-
-
-def _parse(hf: dict) -> dict:
-    """A config's JSON -> fields of ImageConfig; null means not given."""
-    values = {}
-    for key, value in hf.items():
-        if value is None or key in BOOKKEEPING:
-            continue
-        if key not in PARSERS:
-            raise MinivlmError(f"image processor field {key!r} is not supported; remove it if it changes no pixels")
-        try:
-            values[key] = PARSERS[key](value)
-        except (TypeError, ValueError) as error:
-            raise MinivlmError(f"image processor field {key!r} cannot be {value!r}: {error}") from error
-    if values.pop("default_to_square", False) and isinstance(hf.get("size"), int):
-        values["size"] = Size(height=hf["size"], width=hf["size"])
-    values.pop("do_convert_rgb", None)
-    values.pop("data_format", None)
-    return values
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("it is true or false")
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError("it is a positive integer")
-    return value
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError("it is a number")
-    return float(value)
-
-
-def _resample(value: object) -> int:
-    if value not in list(Image.Resampling):
-        raise ValueError("it is one of PIL's filters, 0 to 5")
-    return int(value)
-
-
-def _size(value: object) -> Size:
-    if isinstance(value, dict):
-        size = Size(**{key: _count(edge) for key, edge in value.items() if edge is not None})
-        if _given(size).keys() not in ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}):
-            raise ValueError("it has height and width, or shortest_edge")
-        return size
-    if isinstance(value, (list, tuple)):
-        return Size(*_pair(value))
-    return Size(shortest_edge=_count(value))
-
-
-def _given(size: Size) -> dict[str, int]:
-    return {key: edge for key, edge in size._asdict().items() if edge is not None}
-
-
-def _pair(value: object) -> tuple[int, int]:
-    """{"height", "width"}, a pair, or one number for both."""
-    if isinstance(value, dict):
-        if value.keys() != {"height", "width"}:
-            raise ValueError("it has height and width")
-        return _count(value["height"]), _count(value["width"])
-    first, second = value if isinstance(value, (list, tuple)) else (value, value)
-    return _count(first), _count(second)
-
-
-def _triple(value: object) -> tuple[float, float, float]:
-    red, green, blue = value if isinstance(value, (list, tuple)) else (value, value, value)
-    return _number(red), _number(green), _number(blue)
-
-
-def _pinpoints(value: object) -> tuple[tuple[int, int], ...]:
-    pairs = tuple(_pair(pair) for pair in value)
-    if not pairs:
-        raise ValueError("it has at least one size")
-    return pairs
-
-
-def _only(expected: object):
-    def check(value: object) -> object:
-        if value != expected:
-            raise ValueError(f"only {expected!r} is supported")
-        return value
-
-    return check
-
-
-PARSERS = {
-    "do_resize": _flag, "do_center_crop": _flag, "do_rescale": _flag, "do_normalize": _flag, "do_pad": _flag,
-    "size": _size, "crop_size": _pair, "resample": _resample, "rescale_factor": _number,
-    "image_mean": _triple, "image_std": _triple, "image_grid_pinpoints": _pinpoints,
-    "max_image_tiles": _count, "min_pixels": _count, "max_pixels": _count,
-    "patch_size": _count, "temporal_patch_size": _count, "merge_size": _count,
-    "default_to_square": _flag,  # how an integer `size` is meant
-    "do_convert_rgb": _only(True),  # open_image gives RGB
-    "data_format": _only("channels_first"),
-}  # fmt: skip
-
-
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file; {} where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MinivlmError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise MinivlmError(f"{path} does not hold a JSON object")
-    return value

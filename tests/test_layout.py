@@ -17,15 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from lower floors; `ops`, `models` and `demo` are folders whose files share their floor.
 FLOORS = {
     "errors": 0,
-    "ops": 1, "open_image": 1,
+    "ops": 1, "open_image": 1, "console": 1,
     "images": 2, "videos": 2, "text": 2, "layers": 2, "positions": 2, "cache": 2, "inputs": 2, "sampling": 2,
     "decoder": 3, "vit": 3, "fuse": 3, "conversation": 3,
     "models": 4,
     "hub": 5, "weights": 5, "generate": 5,
     "vlm": 6,
-    "__init__": 7, "train": 7, "chat": 7, "batch": 7,
-    "demo": 8,
-    "run": 9,
+    "__init__": 7,
+    "train": 8, "chat": 8, "batch": 8, "preview": 8,
+    "demo": 9,
+    "run": 10,
 }  # fmt: skip
 
 # In the order of their papers: a model may use functions of an earlier one.

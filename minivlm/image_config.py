@@ -1,0 +1,243 @@
+"""A checkpoint's image processor config: every field is honoured, or refused by name.
+
+Reads preprocessor_config.json as the hub has it and as transformers 5 writes it. What the fields do is in images.py
+and, for those of one family alone, in that model's file.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from minivlm.errors import MinivlmError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# What transformers' CLIP, LLaVA, LLaVA-NeXT and Video-LLaVA image processors take where a config is silent.
+CLIP_DEFAULTS = {
+    "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3,
+    "do_center_crop": True, "crop_size": 224,
+    "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+    "do_pad": False,
+}  # fmt: skip
+
+# Keys of a processor config that say nothing about pixels: which class wrote it, for which runtime.
+BOOKKEEPING = {
+    "processor_class", "image_processor_type", "feature_extractor_type", "auto_map", "transformers_version",
+    "_valid_processor_keys", "_valid_kwargs_names", "input_data_format", "return_tensors", "device",
+    "disable_grouping", "image_seq_length",
+}  # fmt: skip
+
+MAX_SIDE = 2**13  # pixels of a side in a config; the largest published is 2304, OneVision's 6 x 6 tiles
+
+
+class Size(NamedTuple):
+    """`size` of a processor config, in pixels; None: not given. Qwen2-VL's edges are areas, see there."""
+
+    height: int | None = None
+    width: int | None = None
+    shortest_edge: int | None = None
+    longest_edge: int | None = None
+
+    def given(self) -> dict[str, int]:
+        return {key: edge for key, edge in self._asdict().items() if edge is not None}
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """A checkpoint's image processor config (preprocessor_config.json), field by field under its own names.
+
+    From `image_grid_pinpoints` on, None means that the family does not have the field, and setting it is refused."""
+
+    do_resize: bool
+    size: Size
+    resample: int  # PIL's number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming
+    do_center_crop: bool
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    crop_size: tuple[int, int] | None = None
+    do_pad: bool = False  # to_pixels: to a square, as LlavaImageProcessor; anyres: see there
+    image_grid_pinpoints: tuple[tuple[int, int], ...] | None = None
+    max_image_tiles: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    patch_size: int | None = None
+    temporal_patch_size: int | None = None
+    merge_size: int | None = None
+
+    @classmethod
+    def from_hf(cls, hf: dict, defaults: dict, overrides: dict | None = None) -> "ImageConfig":
+        """`hf`: the contents of preprocessor_config.json. `defaults`: the family's, for what `hf` leaves out or has as
+        null; they name every field that the family honours. `overrides`: a caller's `images_kwargs`.
+        Raises MinivlmError that names a field which is unknown, foreign to the family, missing, or no such value."""
+        values = _parse(defaults)
+        foreign = FAMILY_FIELDS - values.keys()
+        values |= _parse(hf, foreign)
+        if str(hf.get("image_processor_type")).startswith(("CLIP", "Siglip")):
+            values["do_pad"] = False  # there: a batch to one size, which it has after crop or resize
+        values |= _parse(overrides or {}, foreign)
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+        if missing:
+            raise MinivlmError(f"the image processor config lacks {', '.join(missing)}")
+        return cls(**values)
+
+    @classmethod
+    def from_folder(cls, folder: Path, defaults: dict, overrides: dict | None = None) -> "ImageConfig":
+        """Reads `image_processor` of processor_config.json (transformers 5) or else preprocessor_config.json; a folder
+        with neither takes the defaults."""
+        hf = _read_json(folder / "processor_config.json").get("image_processor")
+        if not isinstance(hf, dict):
+            hf = _read_json(folder / "preprocessor_config.json")
+        return cls.from_hf(hf, defaults, overrides)
+
+    def override(self, overrides: dict) -> "ImageConfig":
+        """The same config with a caller's `images_kwargs` on top."""
+        foreign = {field for field in FAMILY_FIELDS if self.__dict__[field] is None}
+        return replace(self, **_parse(overrides, foreign)) if overrides else self
+
+    def __post_init__(self):
+        if self.do_center_crop and not self.crop_size:
+            raise MinivlmError("the image processor config lacks crop_size, which do_center_crop needs")
+
+    @property
+    def tile(self) -> int:
+        """Side of an anyres tile in pixels."""
+        if self.crop_size:
+            return self.crop_size[0]
+        return self.size.height or self.size.shortest_edge
+
+
+FAMILY_FIELDS = {
+    "image_grid_pinpoints", "max_image_tiles", "min_pixels", "max_pixels",
+    "patch_size", "temporal_patch_size", "merge_size",
+}  # fmt: skip
+
+
+def _parse(hf: dict, foreign: Iterable[str] = ()) -> dict:
+    """A config's JSON -> fields of ImageConfig; null means not given."""
+    values = {}
+    for key, value in hf.items():
+        if value is None or key in BOOKKEEPING:
+            continue
+        if key not in PARSERS or key in foreign:
+            raise MinivlmError(f"the image processor field {key!r} is not one that this model honours: remove it")
+        try:
+            values[key] = PARSERS[key](value)
+        except (TypeError, ValueError) as error:
+            raise MinivlmError(f"the image processor field {key!r} cannot be {repr(value)[:80]}: {error}") from error
+    if values.pop("default_to_square", False) and isinstance(hf.get("size"), int):
+        values["size"] = Size(*_pair(hf["size"]))
+    values.pop("do_convert_rgb", None)
+    values.pop("data_format", None)
+    return values
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("it is true or false")
+    return value
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError("it is a positive integer")
+    return value
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError("it is a number")
+    return float(value)
+
+
+def _resample(value: object) -> int:
+    if value not in list(Image.Resampling):
+        raise ValueError("it is one of PIL's filters, 0 to 5")
+    return int(value)
+
+
+def _size(value: object) -> Size:
+    if isinstance(value, (list, tuple)):
+        return Size(*_pair(value))
+    if not isinstance(value, dict):
+        return Size(shortest_edge=_side(value))
+    size = Size(**{key: _count(edge) for key, edge in value.items() if edge is not None})
+    if size.height and size.width:
+        _side(size.height), _side(size.width)
+    if size.given().keys() not in ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}):
+        raise ValueError("it has height and width, or shortest_edge")
+    return size
+
+
+def _side(value: object) -> int:
+    if _count(value) > MAX_SIDE:
+        raise ValueError(f"a side has at most {MAX_SIDE} pixels")
+    return value
+
+
+def _pair(value: object) -> tuple[int, int]:
+    """{"height", "width"}, a pair, or one number for both."""
+    if isinstance(value, dict):
+        value = [value.get("height"), value.get("width"), *(value.keys() - {"height", "width"})]
+    height, width = value if isinstance(value, (list, tuple)) else (value, value)
+    return _side(height), _side(width)
+
+
+def _triple(value: object) -> tuple[float, float, float]:
+    red, green, blue = value if isinstance(value, (list, tuple)) else (value, value, value)
+    return _number(red), _number(green), _number(blue)
+
+
+def _divisors(value: object) -> tuple[float, float, float]:
+    if 0.0 in _triple(value):
+        raise ValueError("pixels are divided by it")
+    return _triple(value)
+
+
+def _pinpoints(value: object) -> tuple[tuple[int, int], ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError("it is a list of (height, width)")
+    return tuple(_pair(pair) for pair in value)
+
+
+def _only(expected: object):
+    def check(value: object) -> object:
+        if value != expected:
+            raise ValueError(f"only {expected!r} is supported")
+        return value
+
+    return check
+
+
+PARSERS = {
+    "do_resize": _flag, "do_center_crop": _flag, "do_rescale": _flag, "do_normalize": _flag, "do_pad": _flag,
+    "size": _size, "crop_size": _pair, "resample": _resample, "rescale_factor": _number,
+    "image_mean": _triple, "image_std": _divisors, "image_grid_pinpoints": _pinpoints,
+    "max_image_tiles": _count, "min_pixels": _count, "max_pixels": _count,
+    "patch_size": _count, "temporal_patch_size": _count, "merge_size": _count,
+    "default_to_square": _flag,  # how an integer `size` is meant
+    "do_convert_rgb": _only(True),  # open_image gives RGB
+    "data_format": _only("channels_first"),
+}  # fmt: skip
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file; {} where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MinivlmError(f"{path} is damaged ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise MinivlmError(f"{path} is damaged (a {type(value).__name__} where an object belongs): download it again")
+    return value
