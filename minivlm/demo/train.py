@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from minivlm.demo.world import CLASS_NAMES, LONG_SIDE, TRAIN_SEEDS, conversation, corpus, draw_scene, label_map, render
-from minivlm.images import ImageConfig, anyres_tiles, fitted_size
+from minivlm.image_config import ImageConfig
+from minivlm.images import anyres_tiles, fitted_size
 from minivlm.models import llava_next
 from minivlm.train import fit, initialise, next_token_loss
 from minivlm.weights import save_weights
@@ -29,13 +30,15 @@ CANVASES = [[144, 144], [72, 144], [144, 72]]  # (height, width) in pixels
 # Longer sides of training pictures in pixels; at LONG_SIDE nothing has to be resized. Users' pictures are larger.
 SIDES = (LONG_SIDE, LONG_SIDE, 2 * LONG_SIDE, 216, 180, 336)
 
+TURNS = 6  # questions per picture: most of the work is looking, so ask as much as possible about each
+
 # ChatML, as in llava-v1.6-34b and llava-next-72b.
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% for part in message.content if part.type == 'image' %}<image>\n{% endfor %}"
     "{% for part in message.content if part.type == 'text' %}"
     "{% if message.role == 'assistant' %}{% generation %}{{ part.text }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ part.text }}<|im_end|>{% endif %}{% endfor %}\n"
+    "{% else %}{{ part.text }}<|im_end|>{% endif %}{% endfor %}{{ '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -144,7 +147,7 @@ class Talks(Dataset):
         start = self.first_seed + index * self.batch_size
         talks = []
         for seed in TRAIN_SEEDS[start : start + self.batch_size]:
-            scene, messages = conversation(seed, turns=7)
+            scene, messages = conversation(seed, turns=TURNS)
             side = SIDES[seed % len(SIDES)]
             picture = render(scene, scene.height * side // LONG_SIDE, scene.width * side // LONG_SIDE)
             messages[0]["content"][0]["image"] = picture
@@ -177,7 +180,8 @@ class Patches(Dataset):
         top, left = (LONG_SIDE - height) // 2, (LONG_SIDE - width) // 2
         canvas[top : top + height, left : left + width] = label_map(scene, height, width)
         tiles = canvas.reshape(2, TILE, 2, TILE).swapaxes(1, 2).reshape(4, TILE, TILE)
-        views = torch.from_numpy(np.concatenate([label_map(scene, TILE, TILE)[None], tiles])).long()  # (5, TILE, TILE)
+        overview = label_map(scene, LONG_SIDE, LONG_SIDE)[::2, ::2]  # the whole picture squashed to one tile
+        views = torch.from_numpy(np.concatenate([overview[None], tiles])).long()  # (5, TILE, TILE)
         side = TILE // PATCH
         patches = views.view(-1, side, PATCH, side, PATCH).transpose(2, 3).reshape(len(views), side * side, -1)
         counts = torch.zeros(*patches.shape[:2], len(CLASS_NAMES)).scatter_add_(2, patches, torch.ones(patches.shape))
@@ -201,8 +205,8 @@ class PatchReader(nn.Module):
 def main():
     parser = argparse.ArgumentParser(prog="python -m minivlm.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--see", type=int, default=1000, help="steps of the first stage (default: %(default)s)")
-    parser.add_argument("--talk", type=int, default=6000, help="steps of the second stage (default: %(default)s)")
+    parser.add_argument("--see", type=int, default=1200, help="steps of the first stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=3800, help="steps of the second stage (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak (default: %(default)s)")
     args = parser.parse_args()

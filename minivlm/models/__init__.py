@@ -1,0 +1,6 @@
+"""One file per paper. `MODULES` says which file reads which `model_type` of a config.json."""
+
+MODULES = {
+    "llava": "minivlm.models.llava",
+    "llava_next": "minivlm.models.llava_next",
+}

@@ -1,0 +1,189 @@
+"""LLaVA-1.5 (Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning", arXiv:2310.03744).
+
+The whole idea in one line: the patch features of a CLIP tower, sent through a two-layer MLP, are *words* to the language model.
+
+    picture → CLIP, second-last layer → (576, 1024) → projector → (576, 4096) ┐
+    "USER: <image>\\nWhat is this? ASSISTANT:" → token embeddings ────────────┴→ decoder → answer
+
+Sections: configuration, the model, the processor. This is the first model to read; every later file opens with what it changes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.cache import KVCache
+from minivlm.conversation import collate, expand, read
+from minivlm.decoder import Decoder, DecoderConfig
+from minivlm.errors import MinivlmError
+from minivlm.fuse import fuse
+from minivlm.image_config import CLIP_DEFAULTS, ImageConfig
+from minivlm.images import to_pixels
+from minivlm.inputs import Inputs, Prompt
+from minivlm.layers import Projector, activation
+from minivlm.text import ChatTemplate, Tokenizer
+from minivlm.vit import ViT, ViTConfig, num_features
+
+# Parameter prefixes here → their spellings in checkpoints, the hub's published one first (checkpoints.md, layouts A, B, C).
+KEYS = {
+    "language_model": ("language_model.model", "model.language_model"),
+    "language_model.lm_head": ("language_model.lm_head", "lm_head"),
+    "vision_tower": (
+        "vision_tower.vision_model",
+        "vision_tower",
+        "model.vision_tower.vision_model",
+        "model.vision_tower",
+    ),
+    "multi_modal_projector": ("multi_modal_projector", "model.multi_modal_projector"),
+}
+
+# For folders without a chat template: the one llava-hf ships. Pictures first, then text; no system sentence.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}"
+    "{% for part in message.content if part.type == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ part.text }} {% endgeneration %}"
+    "{% else %}{{ part.text }} {% endif %}{% endfor %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """What a config.json of the LLaVA kind says besides the tower's and the decoder's numbers."""
+
+    text: DecoderConfig
+    vision: ViTConfig
+    image_token_id: int
+    feature_layers: tuple[int, ...]  # indices into the tower's hidden states; several are concatenated
+    drop_class_token: bool
+    projector_act: str
+    projector_bias: bool
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "LlavaConfig":
+        layers = config.get("vision_feature_layer", -2)
+        strategy = config.get("vision_feature_select_strategy", "default")
+        if strategy not in ("default", "full"):
+            raise MinivlmError(f"config.json: vision_feature_select_strategy must be default or full, not {strategy!r}")
+        text = config.get("text_config") or {}
+        vision = config.get("vision_config") or {}
+        return cls(
+            text=DecoderConfig.from_hf(text, tied=is_tied(config)),
+            vision=ViTConfig.from_hf(vision),
+            image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
+            feature_layers=tuple(layers) if isinstance(layers, list) else (layers,),
+            drop_class_token=strategy == "default",
+            projector_act=config.get("projector_hidden_act", "gelu"),
+            projector_bias=config.get("multimodal_projector_bias", True),
+        )
+
+
+def is_tied(config: dict) -> bool:
+    """Multimodal configs keep `tie_word_embeddings` outside, inside the text part, or in both places."""
+    text = config.get("text_config") or {}
+    return bool(config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False))
+
+
+def make_projector(config: LlavaConfig) -> Projector:
+    width = config.vision.hidden_size * len(config.feature_layers)
+    return Projector(width, config.text.hidden_size, activation(config.projector_act), config.projector_bias)
+
+
+def image_defaults(config: LlavaConfig) -> dict:
+    """CLIP's preprocessing at the tower's own size, for what a folder's preprocessor_config.json leaves out."""
+    side = config.vision.image_size
+    return {**CLIP_DEFAULTS, "size": {"shortest_edge": side}, "crop_size": side}
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+class Model(nn.Module):
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = ViT(config.vision)
+        self.multi_modal_projector = make_projector(config)
+        self.language_model = Decoder(config.text)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Model":
+        return cls(LlavaConfig.from_hf(config))
+
+    def encode_images(self, inputs: Inputs) -> Tensor:
+        """`pixel_values (N, 3, height, width)` → image tokens `(N · 576, D)`."""
+        c = self.config
+        features = self.vision_tower(inputs.pixel_values, c.feature_layers, c.drop_class_token)  # (N, 576, 1024)
+        return self.multi_modal_projector(features).flatten(0, 1)  # (N · 576, D)
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """Token embeddings `(B, T, D)`, with image tokens in the place of their placeholders."""
+        is_image = inputs.input_ids == self.config.image_token_id
+        # The placeholder's own row is never used, and in some checkpoints the table has none.
+        x = self.language_model.embed_tokens(inputs.input_ids.masked_fill(is_image, 0))
+        return x if inputs.pixel_values is None else fuse(x, is_image, self.encode_images(inputs))
+
+    def forward(self, inputs: Inputs, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits `(B, T, V)` float32; `(B, 1, V)` with `last_only`, which is all that generation needs."""
+        return self.language_model(self.embed(inputs), inputs.attention_mask, cache=cache, last_only=last_only)
+
+    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """One further token `(B, 1)` for every row → logits `(B, V)`."""
+        return self.language_model.decode(token_ids, cache)
+
+    def new_cache(self, capacity: int = 0) -> KVCache:
+        return KVCache(self.config.text.num_layers, capacity)
+
+
+# ------------------------------------------------------------------------------------------------------- the processor
+
+
+def num_image_tokens(config: LlavaConfig) -> int:
+    """Tokens of one picture: (336 / 14)² = 576 at the published size, whatever the picture's own size."""
+    return num_features(config.vision, config.drop_class_token)
+
+
+class Processor:
+    """Conversations → `Inputs`."""
+
+    def __init__(self, config: LlavaConfig, tokenizer: Tokenizer, template: ChatTemplate, images: ImageConfig):
+        self.config, self.tokenizer, self.template, self.images = config, tokenizer, template, images
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: dict) -> "Processor":
+        llava = LlavaConfig.from_hf(config)
+        return cls(
+            llava,
+            Tokenizer.from_folder(folder),
+            ChatTemplate.from_folder(folder, default=TEMPLATE),
+            ImageConfig.from_folder(folder, image_defaults(llava)),
+        )
+
+    def __call__(
+        self,
+        conversations: "list[list[dict] | Prompt]",
+        template_kwargs: dict | None = None,
+        images_kwargs: dict | None = None,
+        labels: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> Inputs:
+        images = self.images.override(images_kwargs or {})
+        rows = [read(c, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels) for c in conversations]
+        image_id = self.config.image_token_id
+        for row in rows:
+            counts = [num_image_tokens(self.config)] * len(row.pictures)
+            expand(row, {image_id: counts}, {image_id: "pictures"})
+        inputs = collate(rows, self.tokenizer.pad_id, labels)
+        pictures = [picture for row in rows for picture in row.pictures]
+        if pictures:
+            inputs.pixel_values = torch.stack([to_pixels(picture, images) for picture in pictures])
+            inputs.image_sizes = torch.tensor([(picture.height, picture.width) for picture in pictures])
+        return inputs

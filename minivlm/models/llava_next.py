@@ -1,0 +1,185 @@
+"""LLaVA-NeXT, also called LLaVA-1.6 (Liu et al. 2024, https://llava-vl.github.io/blog/2024-01-30-llava-next).
+
+LLaVA-1.5 reads every picture at 336 × 336: small writing is gone before the model sees it. NeXT adds *anyres*: the picture is also
+cut into tiles at full resolution, each tile goes through the same tower, and the language model reads the overview and the tiles.
+
+| | LLaVA-1.5 (`llava.py`) | LLaVA-NeXT |
+|---|---|---|
+| a picture becomes | 1 square | 1 overview + rows × columns tiles, the grid chosen from `image_grid_pinpoints` |
+| tokens | 576, always | 576 + grid without its padding + one `image_newline` per row of patches |
+| parameters | – | one vector more, `image_newline` |
+| text models | Vicuna | Vicuna, Mistral, Nous-Hermes-2-Yi-34B, Llama-3, Qwen1.5 |
+
+Sections: configuration, the model, the processor.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.cache import KVCache
+from minivlm.conversation import collate, expand, read
+from minivlm.decoder import Decoder
+from minivlm.errors import MinivlmError
+from minivlm.fuse import fuse
+from minivlm.image_config import ImageConfig
+from minivlm.images import anyres_grid, anyres_tiles, unpadded_grid
+from minivlm.inputs import Inputs, Prompt
+from minivlm.models import llava
+from minivlm.models.llava import LlavaConfig, image_defaults, make_projector
+from minivlm.text import ChatTemplate, Tokenizer
+from minivlm.vit import ViT
+
+KEYS = {**llava.KEYS, "image_newline": ("image_newline", "model.image_newline")}
+
+# For folders without a chat template: llava-v1.6-vicuna's. A system message stands in front as it is.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content[0].text }} "
+    "{% else %}{{ message.role | upper }}: "
+    "{% for part in message.content if part.type == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ part.text }} {% endgeneration %}"
+    "{% else %}{{ part.text }} {% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class LlavaNextConfig:
+    llava: LlavaConfig
+    pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels that a picture may be fitted into, multiples of the tile
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "LlavaNextConfig":
+        base = LlavaConfig.from_hf(config)
+        if base.vision.class_token and not base.drop_class_token:
+            raise MinivlmError("config.json: LLaVA-NeXT lays patches out as a picture; a class token (strategy full) has no place")
+        default = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # transformers' LlavaNextConfig
+        return cls(base, tuple(tuple(p) for p in config.get("image_grid_pinpoints") or default))
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+class Model(nn.Module):
+    def __init__(self, config: LlavaNextConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = ViT(config.llava.vision)
+        self.multi_modal_projector = make_projector(config.llava)
+        self.image_newline = nn.Parameter(torch.empty(config.llava.text.hidden_size))
+        self.language_model = Decoder(config.llava.text)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Model":
+        return cls(LlavaNextConfig.from_hf(config))
+
+    def encode_images(self, inputs: Inputs) -> Tensor:
+        """`pixel_values (I, 3, height, width)`, the tiles of all pictures behind one another → image tokens `(N, D)`."""
+        c = self.config.llava
+        features = self.vision_tower(inputs.pixel_values, c.feature_layers, c.drop_class_token)  # (I, P, channels)
+        tiles = self.multi_modal_projector(features)  # (I, P, D)
+        grids = inputs.image_grids.tolist()
+        per_picture = tiles.split([1 + rows * columns for rows, columns in grids])
+        sizes = inputs.image_sizes.tolist()
+        return torch.cat(
+            [
+                arrange(own, grid, size, self.image_newline)
+                for own, grid, size in zip(per_picture, grids, sizes, strict=True)
+            ]
+        )
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """Token embeddings `(B, T, D)`, with image tokens in the place of their placeholders."""
+        is_image = inputs.input_ids == self.config.llava.image_token_id
+        x = self.language_model.embed_tokens(inputs.input_ids.masked_fill(is_image, 0))
+        return x if inputs.pixel_values is None else fuse(x, is_image, self.encode_images(inputs))
+
+    def forward(self, inputs: Inputs, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits `(B, T, V)` float32; `(B, 1, V)` with `last_only`, which is all that generation needs."""
+        return self.language_model(self.embed(inputs), inputs.attention_mask, cache=cache, last_only=last_only)
+
+    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """One further token `(B, 1)` for every row → logits `(B, V)`."""
+        return self.language_model.decode(token_ids, cache)
+
+    def new_cache(self, capacity: int = 0) -> KVCache:
+        return KVCache(self.config.llava.text.num_layers, capacity)
+
+
+def arrange(tiles: Tensor, grid: tuple[int, int], size: tuple[int, int], newline: Tensor) -> Tensor:
+    """The tokens of one picture: the overview, then the tiles read line by line as if they were one picture.
+
+    `tiles (1 + rows · columns, P, D)`, `grid` (rows, columns) of tiles, `size` the picture's own (height, width) in pixels.
+    The seams between tiles disappear, padding is cut off, and every row of patches ends with `newline (D,)`, so that the language
+    model can tell where a line ends, whatever the width. Returns `(num_image_tokens, D)`.
+    """
+    overview, tiles = tiles[0], tiles[1:]
+    (rows, columns), D = grid, tiles.shape[-1]
+    side = int(tiles.shape[1] ** 0.5)  # patches along a tile
+    picture = tiles.view(rows, columns, side, side, D).transpose(1, 2).reshape(rows * side, columns * side, D)
+    top, left, h, w = unpadded_grid(size, (rows * side, columns * side))
+    picture = picture[top : top + h, left : left + w]  # (h, w, D)
+    picture = torch.cat([picture, newline.expand(h, 1, D)], dim=1)  # (h, w + 1, D)
+    return torch.cat([overview, picture.flatten(0, 1)])
+
+
+# ------------------------------------------------------------------------------------------------------- the processor
+
+
+def num_image_tokens(config: LlavaNextConfig, size: tuple[int, int], grid: tuple[int, int]) -> int:
+    """Tokens of a picture of `size` (height, width) pixels cut into `grid` (rows, columns) tiles: what `arrange` returns."""
+    side = config.llava.vision.grid_side
+    _, _, h, w = unpadded_grid(size, (grid[0] * side, grid[1] * side))
+    return side * side + h * (w + 1)
+
+
+class Processor:
+    """Conversations → `Inputs`."""
+
+    def __init__(self, config: LlavaNextConfig, tokenizer: Tokenizer, template: ChatTemplate, images: ImageConfig):
+        self.config, self.tokenizer, self.template, self.images = config, tokenizer, template, images
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: dict) -> "Processor":
+        next_config = LlavaNextConfig.from_hf(config)
+        defaults = {**image_defaults(next_config.llava), "image_grid_pinpoints": next_config.pinpoints}
+        return cls(
+            next_config,
+            Tokenizer.from_folder(folder),
+            ChatTemplate.from_folder(folder, default=TEMPLATE),
+            ImageConfig.from_folder(folder, defaults),
+        )
+
+    def __call__(
+        self,
+        conversations: "list[list[dict] | Prompt]",
+        template_kwargs: dict | None = None,
+        images_kwargs: dict | None = None,
+        labels: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> Inputs:
+        images = self.images.override(images_kwargs or {})
+        rows = [read(c, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels) for c in conversations]
+        image_id = self.config.llava.image_token_id
+        grids = []
+        for row in rows:
+            sizes = [(picture.height, picture.width) for picture in row.pictures]
+            own = [anyres_grid(size, images.image_grid_pinpoints, images.tile) for size in sizes]
+            counts = [num_image_tokens(self.config, size, grid) for size, grid in zip(sizes, own, strict=True)]
+            expand(row, {image_id: counts}, {image_id: "pictures"})
+            grids += own
+        inputs = collate(rows, self.tokenizer.pad_id, labels)
+        pictures = [picture for row in rows for picture in row.pictures]
+        if pictures:
+            inputs.pixel_values = torch.cat([anyres_tiles(picture, images) for picture in pictures])
+            inputs.image_sizes = torch.tensor([(picture.height, picture.width) for picture in pictures])
+            inputs.image_grids = torch.tensor(grids)
+        return inputs
