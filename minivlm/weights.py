@@ -210,10 +210,10 @@ def load_weights(model: nn.Module, folder: Path | str, keys: Keys, dtype: torch.
                  device: torch.device | str = "cpu", skip: Iterable[str] = (), pack: bool = True) -> Report:
     """Fill `model`, which was built under `torch.device("meta")`, with the folder's tensors as `dtype` on `device`.
 
-    `skip`: prefixes or `*` patterns of our names (on disk, where `keys` gives a tensor none) that are neither loaded nor
-    missed, such as a tied head or a tower that is not wanted; their bytes are never read. `pack`: on a CPU in bfloat16, a
-    module that has a `pack()` method is packed as soon as its tensors are there. Raises with the names of what is missing,
-    unexpected or misshapen.
+    `skip`: prefixes or `*` patterns of our names (on disk, where `keys` gives a tensor none) that are neither loaded
+    nor missed, such as a tied head or a tower that is not wanted; their bytes are never read. `pack`: on a CPU in
+    bfloat16, a module that has a `pack()` method is packed as soon as its tensors are there. Raises with the names of
+    what is missing, unexpected or misshapen.
     """
     begun = time.perf_counter()
     folder, device, skip = Path(folder), torch.device(device), tuple(skip)
