@@ -43,7 +43,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Capitals that are not the beginning of a word are read letter by letter, digits one by one; a word takes its space along.
-SPLIT = r"\p{Lu}(?!\p{Ll})|\p{N}| ?\p{L}+|[^\p{L}\p{N}]"
+SPLIT = r" ?\p{Lu}(?!\p{Ll})|\p{N}| ?\p{L}+|[^\p{L}\p{N}]"
 
 CONFIG = {
     "architectures": ["LlavaNextForConditionalGeneration"],
@@ -90,7 +90,7 @@ def make_folder(folder: Path):
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(
-        [*corpus(), "system user assistant"],
+        [*corpus(), *["system", "user", "assistant"] * 10_000],  # the roles stand in every turn: one token each
         trainers.BpeTrainer(vocab_size=508, initial_alphabet=alphabet, show_progress=False),
     )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
