@@ -286,6 +286,7 @@ class _Run:
             answer.score, token_ids = row.ended[0]
             for token in token_ids:
                 answer.push(token)
+        yield
 
     def _ends(self, token_ids: list[int]) -> bool:
         if token_ids[-1] in self.eos or len(token_ids) == self.sampling.max_new_tokens:

@@ -96,4 +96,5 @@ def draw(weights: Tensor, words: Tensor | None, number: Tensor) -> Tensor:
     """
     total = weights.cumsum(-1, dtype=torch.float64)  # (B, C)
     index = (total <= number * total[:, -1:]).sum(-1, keepdim=True)  # (B, 1)
+    index = index.clamp(max=weights.shape[1] - 1)  # beyond the end if all weights are 0, which NaN scores come to
     return (index if words is None else words.gather(1, index))[:, 0]
