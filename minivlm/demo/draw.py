@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from minivlm.demo.scene import COLOURS, LETTER_HEIGHT, SHAPES, SIGN_HEIGHT, Scene, Sign, Thing
 
 OVERSAMPLING = 2  # pixels drawn per pixel shown, along each side: smooth edges
+GAP = 1.8  # units between letters
 GLYPH = 128  # pixels, the height in which letters are drawn before they are shrunk
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 CLASS_NAMES = ("background", *(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS), "sign", *LETTERS)
@@ -86,14 +87,13 @@ def _glyph(letter, height, width):
 
 def _sign_boxes(sign: Sign):
     """Board and letters as boxes (left, top, right, bottom) in units."""
-    gap = 1.8
     widths = [_glyph_width(letter) for letter in sign.text]
-    text_width = sum(widths) + gap * (len(widths) - 1)
+    text_width = sum(widths) + GAP * (len(widths) - 1)
     half_width, half_height = text_width / 2 + 3.5, SIGN_HEIGHT / 2
     x, boxes = sign.x - text_width / 2, []
     for width in widths:
         boxes.append((x, sign.y - LETTER_HEIGHT / 2, x + width, sign.y + LETTER_HEIGHT / 2))
-        x += width + gap
+        x += width + GAP
     return (sign.x - half_width, sign.y - half_height, sign.x + half_width, sign.y + half_height), boxes
 
 
@@ -115,17 +115,23 @@ def _backdrop(scene: Scene, height, width):
     return paper
 
 
-def _pixels(scene, height, width):
+def _sizes(scene, height, width):
+    """Pixels per unit, and two (height, width): to draw in, of the scene's proportions, and to squash that to."""
     height = height or 2 * scene.height
-    return height, width or round(height * scene.width / scene.height)
+    width = width or round(height * scene.width / scene.height)
+    scale = max(height / scene.height, width / scene.width)
+    natural = round(scale * scene.height), round(scale * scene.width)
+    if abs(natural[0] - height) + abs(natural[1] - width) <= 1:  # proportions that whole pixels cannot keep
+        natural = height, width
+    return scale, natural, (height, width)
 
 
 def render(scene: Scene, height: int | None = None, width: int | None = None) -> Image.Image:
     """The scene as an RGB picture of `height` × `width` pixels: two pixels per unit where no height is given, the
-    scene's own proportions where no width is. A width in other proportions cuts off, or leaves bare paper."""
-    height, width = _pixels(scene, height, width)
-    scale = OVERSAMPLING * height / scene.height  # drawn pixels per unit
-    paper = _backdrop(scene, OVERSAMPLING * height, OVERSAMPLING * width)
+    scene's own proportions where no width is, squashed where both are given and ask for it."""
+    scale, natural, wanted = _sizes(scene, height, width)
+    scale *= OVERSAMPLING  # drawn pixels per unit
+    paper = _backdrop(scene, OVERSAMPLING * natural[0], OVERSAMPLING * natural[1])
     draw = ImageDraw.Draw(paper, "RGBA")
     for thing in scene.things:
         r, g, b = COLOURS[thing.colour]
@@ -134,7 +140,8 @@ def render(scene: Scene, height: int | None = None, width: int | None = None) ->
         _draw_shape(draw, thing, scale, -0.7, 0, (r, g, b))
     if scene.sign:
         _draw_sign(paper, draw, scene.sign, scale)
-    return paper.reduce(OVERSAMPLING)
+    picture = paper.reduce(OVERSAMPLING)
+    return picture if natural == wanted else picture.resize(wanted[::-1], Image.Resampling.BICUBIC)
 
 
 def _draw_sign(paper, draw, sign, scale):
@@ -150,16 +157,16 @@ def _draw_sign(paper, draw, sign, scale):
 
 def label_map(scene: Scene, height: int | None = None, width: int | None = None) -> np.ndarray:
     """What is where: uint8 (height, width), an index into CLASS_NAMES per pixel of `render(scene, height, width)`. A
-    letter's label fills its box, the gaps between letters belong to the sign."""
-    height, width = _pixels(scene, height, width)
-    scale = height / scene.height
-    labels = Image.new("L", (width, height))
+    letter's label fills its box and a third of the gap on either side, or an I would hardly be seen."""
+    scale, natural, wanted = _sizes(scene, height, width)
+    labels = Image.new("L", natural[::-1])
     draw = ImageDraw.Draw(labels)
     for thing in scene.things:
         _draw_shape(draw, thing, scale, 0.4, 0, _CLASS[f"{thing.colour} {thing.shape}"])
     if scene.sign:
         board, boxes = _sign_boxes(scene.sign)
+        boxes = [(left - GAP / 3, top, right + GAP / 3, bottom) for left, top, right, bottom in boxes]
         for name, box in (("sign", board), *zip(scene.sign.text, boxes, strict=True)):
             left, top, right, bottom = (round(edge * scale) for edge in box)
             draw.rectangle((left, top, right - 1, bottom - 1), fill=_CLASS[name])
-    return np.asarray(labels)
+    return np.asarray(labels if natural == wanted else labels.resize(wanted[::-1], Image.Resampling.NEAREST))

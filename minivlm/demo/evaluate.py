@@ -71,7 +71,7 @@ def table(scores: dict[str, dict]) -> str:
     views = [column for column in scores["overall"] if column != "n"]
     lines = [f"{'kind':<20}{'n':>6}" + "".join(f"{view:>16}" for view in views)]
     for row, cells in scores.items():
-        lines.append(f"{row:<20}{cells['n']:>6}" + "".join(f"{cells[view]:>15.1%} " for view in views).rstrip())
+        lines.append(f"{row:<20}{cells['n']:>6}" + "".join(f"{cells[view]:>16.1%}" for view in views))
     return "\n".join(lines)
 
 

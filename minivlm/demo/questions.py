@@ -65,7 +65,7 @@ def describe(scene: Scene) -> str:
 
 
 def questions(scene: Scene, seed: int) -> list[Question]:
-    """Twelve to twenty questions, of every kind that makes sense for the scene; targets and phrasing are drawn from
+    """Ten to twenty questions, of every kind that makes sense for the scene; targets and phrasing are drawn from
     `seed`. Yes and no are equally likely wherever the scene allows both."""
     asker = _Asker(scene, np.random.default_rng((seed, 1)))
     asker.count(), asker.exists(), asker.find(), asker.compare()
