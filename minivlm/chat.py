@@ -1,0 +1,106 @@
+"""A conversation in the terminal: `python -m minivlm.run --chat`.
+
+Ctrl-C stops the answer and keeps what was said of it; Ctrl-D or /quit ends the conversation. Questions and answers go
+into the history, which the model is shown again with every question.
+"""
+
+import sys
+from contextlib import suppress
+
+from minivlm.console import explain, messages_of, note
+from minivlm.errors import MinivlmError
+
+HELP = """\
+/image X   show a picture with the next question: file, URL or data: URI; several are shown in order
+/clear     forget the conversation and the pictures
+/help      this
+/quit      leave (or Ctrl-D)
+Ctrl-C     stop the answer\
+"""
+
+
+class Chat:
+    """`vlm` answers; `sampling` are the arguments of its `stream`; `system` opens every conversation. With `debug` an
+    error ends the conversation with its traceback."""
+
+    def __init__(self, vlm, sampling: dict, system: str | None = None, debug: bool = False):
+        self.vlm, self.sampling, self.debug = vlm, sampling, debug
+        self.opening = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+        self.clear()
+
+    def clear(self) -> None:
+        self.messages = list(self.opening)
+        self.images = []  # PIL pictures, shown with the next question
+
+    def run(self, prompt: str | None = None, images: list[str] = ()) -> int:
+        """Until /quit or the end of the input. `prompt` is asked first; `images` go with the first question."""
+        at_terminal = sys.stdin.isatty()
+        if at_terminal:
+            import_readline()
+            say("/help says what there is besides asking; Ctrl-D leaves")
+        for image in images:
+            self.show(image)
+        if prompt is not None:
+            self.ask(prompt)
+        while True:
+            try:
+                line = input("> " if at_terminal else "").strip()
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                say("\n/quit or Ctrl-D leaves")
+                continue
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                return 0
+            if command == "/clear":
+                self.clear()
+                say("forgotten")
+            elif command == "/image":
+                self.show(rest.strip())
+            elif command.startswith("/") and "/" not in command[1:]:  # a path is a question
+                say(HELP)
+            elif line:
+                self.ask(line)
+
+    def show(self, image: str) -> None:
+        """Opened at once, so that a misspelt name is known before the question is typed."""
+        from minivlm.open_image import open_image
+
+        try:
+            picture = open_image(image)
+        except MinivlmError as error:
+            note(explain(error))
+            return
+        self.images.append(picture)
+        say(f"picture {len(self.images)} for the next question, {picture.width} × {picture.height} pixels")
+
+    def ask(self, text: str) -> None:
+        """Streams the answer. After an error the question counts as not asked, and its pictures wait."""
+        messages = self.messages + messages_of(text, self.images)
+        said = ""
+        try:
+            for piece in self.vlm.stream(messages, **self.sampling):
+                print(piece, end="", flush=True)
+                said += piece
+            print()
+        except KeyboardInterrupt:
+            print()
+            say("(stopped)")
+        except Exception as error:  # of whatever kind: the conversation so far is worth keeping
+            if self.debug:
+                raise
+            note(explain(error))
+            return
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": said}]}]
+        self.images = []
+
+
+def import_readline() -> None:
+    """Line editing and history, where Python was built with it."""
+    with suppress(ImportError):
+        import readline  # noqa: F401
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

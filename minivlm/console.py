@@ -1,0 +1,26 @@
+"""What the command line, the chat and the batch share: how a question is put, and how a person is told of an error."""
+
+import sys
+
+from minivlm.errors import MinivlmError
+
+
+def messages_of(prompt: str, images: list, system: str | None = None) -> list[dict]:
+    """One question as messages. Pictures come first, as the models were trained."""
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
+    before = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    return [*before, {"role": "user", "content": content}]
+
+
+def note(text: str) -> None:
+    print(f"minivlm: {text}", file=sys.stderr, flush=True)
+
+
+def explain(error: Exception) -> str:
+    """One line. What is not a MinivlmError is a lack of memory, or a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MinivlmError):
+        return text
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return "out of memory: --dry-run shows what is needed; try --dtype bfloat16, fewer pictures, or --device cpu"
+    return f"unexpected {type(error).__name__}: {text} (please report it, with what --debug prints)"

@@ -1,0 +1,234 @@
+"""The command line: what its flags mean, what goes to which stream, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_vlm import FakeVLM
+
+from minivlm import run
+from minivlm.console import explain
+from minivlm.errors import MinivlmError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command with a fake model; returns (exit code, stdout, stderr) and remembers what the model was asked."""
+
+    def command(*argv):
+        command.vlm = FakeVLM()
+        monkeypatch.setattr(run, "open_vlm", lambda _args: command.vlm)
+        try:
+            code = run.main(list(argv))
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def asked(command):
+    """(kinds and contents of the last message's parts, sampling)."""
+    messages, sampling = command.vlm.asked[-1]
+    return [part.get("text", part.get("image")) for part in messages[-1]["content"]], sampling
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_goes_to_stdout_and_nothing_else_does(command):
+    assert command("--ckpt", "x", "--prompt", "Why?") == (0, "0 pictures: Why?\n", "")
+
+
+def test_without_arguments_the_bundled_picture_is_described(command):
+    code, out, err = command()
+    (picture, text), sampling = asked(command)
+    assert code == 0 and out == f"1 pictures: {run.QUESTION}\n"
+    assert Path(picture).is_file() and text == run.QUESTION and sampling == {}
+    assert picture in err and run.QUESTION in err
+
+
+def test_pictures_come_in_order_before_the_text(command):
+    command("--ckpt", "x", "--image", "a.png", "-p", "Why?", "--image", "data:image/png;base64,xx")
+    assert asked(command)[0] == ["a.png", "data:image/png;base64,xx", "Why?"]
+
+
+def test_a_given_picture_replaces_the_bundled_one(command):
+    command("--image", "a.png")
+    assert asked(command)[0] == ["a.png", run.QUESTION]
+
+
+@pytest.mark.parametrize("flags", [["--max-new-tokens", "7"], ["--max_new_tokens=7"], ["--max-new-tokens=7"]])
+def test_hyphen_and_underscore_are_the_same(command, flags):
+    command("--ckpt", "x", "-p", "snake_case stays", *flags)
+    assert asked(command) == (["snake_case stays"], {"max_new_tokens": 7})
+
+
+def test_underscores_in_a_value_stay(command):
+    command("--ckpt=x", "--prompt=snake_case=--a_b")
+    assert asked(command)[0] == ["snake_case=--a_b"]
+
+
+@pytest.mark.parametrize("flag", ["--ckpt", "--model", "--model-path", "--model_path"])
+def test_the_model_has_three_names(flag):
+    assert run.parse([flag, "x", "-p", "y"])["ckpt"] == "x"
+
+
+def test_sampling_reaches_the_model(command):
+    flags = "--temperature 0.5 --top-p 0.9 --top-k 3 --min-p 0.1 --repetition-penalty 1.1 --seed 4 --stop a --stop b"
+    command("--ckpt", "x", "-p", "y", *flags.split())
+    wanted = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 4}
+    assert asked(command)[1] == {**wanted, "stop": ["a", "b"]}
+
+
+def test_system_message_comes_first(command):
+    command("--ckpt", "x", "-p", "y", "--system", "be brief")
+    assert [message["role"] for message in command.vlm.asked[0][0]] == ["system", "user"]
+
+
+def test_messages_file_is_the_conversation(command, tmp_path):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "zwölf"}]}]
+    (tmp_path / "m.json").write_text(json.dumps(messages), encoding="utf-8")
+    command("--ckpt", "x", "--messages", str(tmp_path / "m.json"))
+    assert command.vlm.asked[0][0] == messages
+
+
+def test_raw_prompt_is_a_prompt():
+    prompt = run.question_of(run.parse(["--ckpt", "x", "--raw", "-p", "<image>\nA", "--image", "a.png"]))
+    assert (prompt.text, prompt.images) == ("<image>\nA", ["a.png"])
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_and_nothing_else(command):
+    code, out, err = command("--ckpt", "x", "-p", "zwölf", "--json")
+    shown = json.loads(out)
+    assert code == 0 and err == ""
+    assert set(shown) == {"text", "token_ids", "prompt_token_ids", "finish_reason", "stats"}
+    assert shown["text"] == "0 pictures: zwölf" and shown["prompt_token_ids"] == [1, 2, 3]
+    assert shown["stats"]["peak_memory_bytes"] > 2**20
+
+
+def test_stats_go_to_stderr(command):
+    code, out, err = command("--ckpt", "x", "-p", "y", "--stats")
+    assert out == "0 pictures: y\n"
+    assert [line.split()[0] for line in err.splitlines()] == [
+        "load_seconds", "first_token_seconds", "tokens_per_second", "new_tokens", "peak_memory_bytes",
+    ]  # fmt: skip
+
+
+def test_help_names_every_flag_and_gives_examples(command):
+    code, out, _ = command("--help")
+    assert code == 0 and "examples:" in out and "Exit codes" in out
+    for flags in run.FLAGS.values():
+        assert all(name in out for names, _, _ in flags for name in names.split())
+
+
+def test_every_flag_of_the_examples_exists():
+    words = {word for word in run.EXAMPLES.split() if word.startswith("--")}
+    known = {name for flags in run.FLAGS.values() for names, _, _ in flags for name in names.split()}
+    assert words <= known and len(words) > 8
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+USAGE_ERRORS = [
+    "--ckpt",
+    "--ckpt x",
+    "--prompt a --prom b",
+    "--unknown",
+    "positional",
+    "--temperature warm",
+    "--temperature -1",
+    "--top-p 0",
+    "--max-new-tokens 0",
+    "--num-beams 2 --temperature 1",
+    "--dtype float8",
+    "--batch a.jsonl",
+    "--output a.jsonl",
+    "--batch a --output b --prompt c",
+    "--batch a --output b --chat",
+    "--chat --json",
+    "--messages a --prompt b",
+    "--messages a --image b",
+    "--raw",
+    "--raw --prompt a --system b",
+    "--dry-run --json",
+    "--revision main",
+]
+
+
+@pytest.mark.parametrize("line", USAGE_ERRORS)
+def test_a_command_that_makes_no_sense_exits_with_2(command, line):
+    code, out, err = command(*line.split())
+    assert code == 2 and out == ""
+    assert err.splitlines()[-1].startswith("minivlm: ")
+    assert command.vlm.asked == []
+
+
+def test_an_error_is_one_line_and_exit_code_1(command):
+    assert command("--ckpt", "x", "-p", "fail") == (1, "", "minivlm: the picture is broken: give another\n")
+
+
+def test_a_bug_is_one_line_unless_debugging(command):
+    code, out, err = command("--ckpt", "x", "-p", "bug")
+    assert (code, out) == (1, "") and err.count("\n") == 1 and "unexpected TypeError: no such thing" in err
+    code, _, err = command("--ckpt", "x", "-p", "bug", "--debug")
+    assert code == 1 and "Traceback" in err
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff\xfe"])
+def test_an_unreadable_messages_file_is_one_line(command, tmp_path, content):
+    if content is not None:
+        (tmp_path / "m.json").write_bytes(content)
+    code, out, err = command("--ckpt", "x", "--messages", str(tmp_path / "m.json"))
+    assert (code, out) == (1, "") and err.startswith("minivlm: --messages") and err.count("\n") == 1
+
+
+def test_ctrl_c_ends_with_1_and_no_traceback(command):
+    assert command("--ckpt", "x", "-p", "ctrl-c") == (1, "0", "minivlm: stopped\n")
+
+
+def test_out_of_memory_says_what_to_try():
+    assert "--dry-run" in explain(MemoryError())
+    assert explain(MinivlmError("two\nlines")) == "two lines"
+
+
+def start(*argv, **streams):
+    """The command in a process of its own, with the fake model."""
+    script = (
+        "import sys, fake_vlm; from minivlm import run;"
+        "run.open_vlm = lambda _: fake_vlm.FakeVLM(); sys.exit(run.main())"
+    )
+    path = f"{ROOT / 'tests'}{os.pathsep}{ROOT}"
+    return subprocess.Popen([sys.executable, "-c", script, *argv], env={**os.environ, "PYTHONPATH": path}, **streams)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    process = start("--ckpt", "x", "-p", "slow", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
+def test_a_real_ctrl_c_does_not_end_a_conversation():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start("--ckpt", "x", "--chat", "-p", "hi", **pipes)
+    assert process.stdout.readline() == b"0 pictures: hi\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == b"\n" and process.stderr.readline() == b"/quit or Ctrl-D leaves\n"
+    out, err = process.communicate(b"more\n")
+    assert (process.returncode, out, err) == (0, b"0 pictures: more\n", b"")
+
+
+def test_help_needs_nothing_installed():
+    """`-S` hides every installed package, torch included."""
+    command = [sys.executable, "-S", "-m", "minivlm.run", "--help"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.startswith(b"usage: minivlm")
