@@ -52,7 +52,7 @@ def seen(scene):
     if not board.any():
         return things, None
     y, x = (at.mean() / n for at, n in zip(np.nonzero(board), board.shape, strict=True))
-    large = label_map(scene)
+    large = label_map(scene, 10 * scene.height)
     along_the_middle = [CLASS_NAMES[label] for label, _ in groupby(large[int(y * len(large))])]
     return things, ("".join(name for name in along_the_middle if len(name) == 1), third(y), third(x))
 

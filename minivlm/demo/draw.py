@@ -13,6 +13,7 @@ from minivlm.demo.scene import COLOURS, LETTER_HEIGHT, SHAPES, SIGN_HEIGHT, Scen
 
 OVERSAMPLING = 2  # pixels drawn per pixel shown, along each side: smooth edges
 GAP = 1.8  # units between letters
+I_WIDTH = 2.9  # units, the least that a letter is wide in a label map
 GLYPH = 128  # pixels, the height in which letters are drawn before they are shrunk
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 CLASS_NAMES = ("background", *(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS), "sign", *LETTERS)
@@ -157,7 +158,7 @@ def _draw_sign(paper, draw, sign, scale):
 
 def label_map(scene: Scene, height: int | None = None, width: int | None = None) -> np.ndarray:
     """What is where: uint8 (height, width), an index into CLASS_NAMES per pixel of `render(scene, height, width)`. A
-    letter's label fills its box and a third of the gap on either side, or an I would hardly be seen."""
+    letter's label fills its box and a third of the gap on either side, I's nearly half: it would hardly be seen."""
     scale, natural, wanted = _sizes(scene, height, width)
     labels = Image.new("L", natural[::-1])
     draw = ImageDraw.Draw(labels)
@@ -165,8 +166,8 @@ def label_map(scene: Scene, height: int | None = None, width: int | None = None)
         _draw_shape(draw, thing, scale, 0.4, 0, _CLASS[f"{thing.colour} {thing.shape}"])
     if scene.sign:
         board, boxes = _sign_boxes(scene.sign)
-        boxes = [(left - GAP / 3, top, right + GAP / 3, bottom) for left, top, right, bottom in boxes]
-        for name, box in (("sign", board), *zip(scene.sign.text, boxes, strict=True)):
-            left, top, right, bottom = (round(edge * scale) for edge in box)
-            draw.rectangle((left, top, right - 1, bottom - 1), fill=_CLASS[name])
+        for name, (left, top, right, bottom) in (("sign", board), *zip(scene.sign.text, boxes, strict=True)):
+            margin = 0 if name == "sign" else max(GAP / 3, (I_WIDTH - (right - left)) / 2)
+            box = left - margin, top, right + margin - 1 / scale, bottom - 1 / scale  # PIL draws the last pixel, too
+            draw.rectangle([round(edge * scale) for edge in box], fill=_CLASS[name])
     return np.asarray(labels if natural == wanted else labels.resize(wanted[::-1], Image.Resampling.NEAREST))
