@@ -62,27 +62,24 @@ def generate(
     return run.results()
 
 
+def stream(
+    model: nn.Module, inputs: Inputs, sampling: Sampling, tokenizer: Tokenizer, eos_ids: Sequence[int], pad_id: int
+) -> "Stream":
+    """The same for one row, as an iterator of pieces of its text."""
+    if len(inputs.input_ids) != 1:
+        raise MinivlmError(f"a stream is for one conversation, not {len(inputs.input_ids)}: use generate for a batch")
+    return Stream(_Run(model, inputs, sampling, tokenizer, eos_ids, pad_id))
+
+
 class Stream:
-    """The text of one answer in pieces, as an iterator. Once it is exhausted, `result` is the Generation.
+    """Pieces of text as they become certain. Once they are exhausted, `result` is the Generation.
 
     A piece ends neither inside a character nor in what may turn out to begin a stop string. Beams come in one piece.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        sampling: Sampling,
-        tokenizer: Tokenizer,
-        eos_ids: Sequence[int],
-        pad_id: int,
-    ):
-        if len(inputs.input_ids) != 1:
-            raise MinivlmError(
-                f"a stream is for one conversation, not {len(inputs.input_ids)}: use generate for a batch"
-            )
+    def __init__(self, run: "_Run"):
         self.result: Generation | None = None
-        self._pieces = self._follow(_Run(model, inputs, sampling, tokenizer, eos_ids, pad_id))
+        self._pieces = self._follow(run)
 
     def __iter__(self) -> "Stream":
         return self
@@ -174,26 +171,23 @@ class Beams:
         self.alive = (alive + [Beam(-math.inf, 0, token_ids)] * k)[:k]
 
 
+@dataclass
 class _Run:
-    """One call of `generate` or `Stream`: the loop, its answers and its clock."""
+    """One call of `generate` or `stream`: the loop, its answers and its clock."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        sampling: Sampling,
-        tokenizer: Tokenizer,
-        eos_ids: Sequence[int],
-        pad_id: int,
-    ):
-        self.model, self.inputs, self.sampling, self.tokenizer, self.pad_id = model, inputs, sampling, tokenizer, pad_id
+    model: nn.Module
+    inputs: Inputs
+    sampling: Sampling
+    tokenizer: Tokenizer
+    eos_ids: Sequence[int]
+    pad_id: int
+
+    def __post_init__(self):
         # A stop string that spells a special token would never be found, for text leaves special tokens out.
-        known = [token for string in sampling.stop if (token := tokenizer.token_to_id(string)) is not None]
-        special = [
-            token for token in known if tokenizer.decode([token]) != tokenizer.decode([token], skip_special=False)
-        ]
-        self.eos = frozenset([*eos_ids, *special])
-        self.answers = [Answer(tokenizer, sampling, self.eos) for _ in inputs.input_ids]
+        decode = self.tokenizer.decode
+        known = [i for string in self.sampling.stop if (i := self.tokenizer.token_to_id(string)) is not None]
+        self.eos = frozenset([*self.eos_ids, *(i for i in known if decode([i]) != decode([i], skip_special=False))])
+        self.answers = [Answer(self.tokenizer, self.sampling, self.eos) for _ in self.inputs.input_ids]
 
     def steps(self) -> Iterator[None]:
         """Comes back to the caller after every token; the answers have grown meanwhile."""

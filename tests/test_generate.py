@@ -1,4 +1,4 @@
-"""The loop: parity with transformers on a tiny Llama, and the rules of ending on models that follow a script."""
+"""The loop on a tiny Llama: parity with transformers, batches, seeds. Endings are in test_generate_text.py."""
 
 import os
 
@@ -7,15 +7,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import tokenizers
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minivlm.cache import KVCache
 from minivlm.decoder import Decoder, DecoderConfig
 from minivlm.errors import MinivlmError
-from minivlm.generate import Stream, Timing, generate
+from minivlm.generate import Timing, generate, stream
 from minivlm.inputs import Inputs
 from minivlm.sampling import Sampling
 from minivlm.text import Tokenizer
@@ -214,223 +212,6 @@ def test_prompt_is_computed_once_and_no_token_in_vain():
     assert [len(ids) for ids in model.fed] == [12] * 5  # the first token comes from the prompt, the last is not fed
 
 
-# --- models that follow a script --------------------------------------------------------------------------------------
-
-
-class Script(nn.Module):
-    """Says rows of given tokens, and then 0, whatever it is asked: its logits are `peak` there and 0 elsewhere."""
-
-    def __init__(self, rows, vocabulary, peak=50.0):
-        super().__init__()
-        self.rows, self.vocabulary, self.peak, self.fed = rows, vocabulary, peak, []
-        self.inference = []
-
-    def new_cache(self, capacity):
-        return KVCache(0, capacity)
-
-    def forward(self, inputs, cache, last_only):
-        assert last_only
-        cache.position_delta = torch.arange(len(inputs.input_ids))  # which row a beam is of
-        return self._say(0, cache)[:, None]
-
-    def decode(self, ids, cache):
-        self.fed.append(ids[:, 0].tolist())
-        return self._say(len(self.fed), cache)
-
-    def _say(self, i, cache):
-        self.inference.append(torch.is_inference_mode_enabled())
-        logits = torch.zeros(len(cache.position_delta), self.vocabulary)
-        for row, origin in enumerate(cache.position_delta.tolist()):
-            logits[row, self.rows[origin][i] if i < len(self.rows[origin]) else 0] = self.peak
-        return logits
-
-
-class Words:
-    """A stand-in for text.Tokenizer: token i is the string words[i]; the last one is special."""
-
-    def __init__(self, *words):
-        self.words = words
-
-    def decode(self, ids, skip_special=True):
-        words = self.words[:-1] if skip_special else self.words
-        return "".join(words[i] for i in ids if i < len(words))
-
-    def token_to_id(self, text):
-        return self.words.index(text) if text in self.words else None
-
-    def stream(self):
-        words = self
-
-        class Pieces:
-            push = staticmethod(lambda token: words.decode([token]))
-            end = staticmethod(lambda: "")
-
-        return Pieces
-
-
-def said(rows, tokenizer, vocabulary=None, eos=(), pad=0, **sampling):
-    inputs = Inputs(torch.ones(len(rows), 2, dtype=torch.int64), torch.ones(len(rows), 2, dtype=torch.int64))
-    model = Script(rows, vocabulary or len(tokenizer.words))
-    sampling = {"max_new_tokens": max(len(row) for row in rows)} | sampling
-    return generate(model, inputs, Sampling(**sampling), tokenizer, eos, pad), model
-
-
-def test_rows_end_apart_and_the_loop_with_the_last():
-    tokenizer = Words("", "a", "b", "c", "<end>")
-    answers, model = said([[1, 4, 1, 1, 1], [1, 2, 3, 4, 1], [4, 3, 3, 3, 3]], tokenizer, eos=(4,), max_new_tokens=9)
-    assert token_ids(answers) == [[1, 4], [1, 2, 3, 4], [4]]
-    assert [a.text for a in answers] == ["a", "abc", ""]
-    assert [a.finish_reason for a in answers] == ["stop"] * 3
-    assert model.fed == [[1, 1, 0], [0, 2, 0], [0, 3, 0]]  # pad where a row has ended
-
-
-def test_reasons_to_finish():
-    tokenizer = Words("", "a", "b", "<end>")
-    answers, _ = said([[1, 1, 1], [1, 1, 3], [1, 2, 1]], tokenizer, eos=(3,), stop="ab")
-    assert [a.finish_reason for a in answers] == [
-        "length",
-        "stop",
-        "stop",
-    ]  # the last token allowed may be the stop token
-    assert [a.text for a in answers] == ["aaa", "aa", ""]
-
-
-def test_stop_token_is_no_text_even_if_it_is_not_special():
-    (only,), _ = said([[1, 2]], Words("", "a", "b", "<end>"), eos=(2,))
-    assert (only.token_ids, only.text) == ([1, 2], "a")
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_stop_string_may_name_a_special_token(num_beams):
-    (only,), _ = said([[1, 3, 1]], Words("", "a", "b", "<end>"), stop="<end>", num_beams=num_beams)
-    assert (only.token_ids, only.text, only.finish_reason) == ([1, 3], "a", "stop")
-
-
-def first_end(text, stop):
-    """(how much of `text` has been read, where the answer is cut) when it ends in a stop string for the first time."""
-    for n in range(1, len(text) + 1):
-        starts = [n - len(s) for s in stop if text[:n].endswith(s)]
-        if starts:
-            return n, min(starts)
-    return None
-
-
-PIECES = ("", "a", "b", "<", ">", "ab", "<a", "b>", "aab<", ">a<b", "<end>")  # the last is special
-STOPS = st.lists(st.text("ab<>", min_size=1, max_size=4), min_size=1, max_size=3)
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), STOPS)
-def test_stop_strings_across_tokens(tokens, stop):
-    """The text is cut where reading it letter by letter would, and the loop ends with the token that completes it."""
-    (ours,), _ = said([tokens], Words(*PIECES), stop=stop)
-    text = "".join(PIECES[i] for i in tokens)
-    end = first_end(text, stop)
-    if end is None:
-        assert (ours.text, ours.token_ids, ours.finish_reason) == (text, tokens, "length")
-        return
-    read, cut = end
-    needed = next(n for n in range(1, len(tokens) + 1) if sum(len(PIECES[i]) for i in tokens[:n]) >= read)
-    assert (ours.text, ours.token_ids, ours.finish_reason) == (text[:cut], tokens[:needed], "stop")
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), STOPS)
-def test_stream_shows_all_that_is_certain_and_nothing_else(tokens, stop):
-    """After each token: all of the text but the longest tail that some continuation could turn into a stop string."""
-    inputs = Inputs(torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
-    model = Script([tokens], len(PIECES))
-    stream = Stream(model, inputs, Sampling(max_new_tokens=len(tokens), stop=stop), Words(*PIECES), (), 0)
-    shown = ""
-    for piece in stream:
-        assert piece
-        shown += piece
-        if stream.result is None and len(model.fed) + 1 < len(tokens):
-            text = "".join(PIECES[i] for i in tokens[: len(model.fed) + 1])
-            end = first_end(text, stop)
-            open_tails = [n for n in range(len(text)) if any(s.startswith(text[n:]) for s in stop)]
-            assert shown == text[: end[1] if end else min(open_tails, default=len(text))]
-    (whole,), _ = said([tokens], Words(*PIECES), stop=stop)
-    assert shown == whole.text == stream.result.text
-    assert stream.result.token_ids == whole.token_ids
-
-
-def test_beams_stop_at_strings():
-    (only,), _ = said([[1, 5, 7, 1]], Words(*PIECES), stop="bb>", num_beams=2)
-    assert (only.token_ids, only.text, only.finish_reason) == ([1, 5, 7], "aa", "stop")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9}, {"num_beams": 2}], ids=str)
-def test_broken_logits_are_an_error_in_one_line(value, sampling):
-    model = Script([[1]], 5, peak=value)
-    inputs = Inputs(torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
-    with pytest.raises(MinivlmError, match="^the model's logits are not finite.*float32$"):
-        generate(model, inputs, Sampling(**sampling), Words(*PIECES), (), 0)
-
-
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
-def test_rows_that_have_ended_may_break(sampling):
-    """What a row says behind its end concerns nobody; some models answer padding with NaN."""
-
-    class Broken(Script):
-        def _say(self, i, cache):
-            logits = super()._say(i, cache)
-            logits[0] *= torch.nan if i > 0 else 1
-            return logits
-
-    inputs = Inputs(torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.int64))
-    sampling = Sampling(max_new_tokens=3, **sampling)
-    assert token_ids(generate(Broken([[4], [1, 2, 1]], 5), inputs, sampling, Words(*PIECES), (4,), 0)) == [
-        [4],
-        [1, 2, 1],
-    ]
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def byte_tokenizer():
-    """GPT-2's alphabet without merges: one token per byte of UTF-8, and a special token at the end."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<end>"])
-    return Tokenizer(backend)
-
-
-def test_stream_never_gives_half_a_character():
-    tokenizer, inputs = byte_tokenizer(), row_alone(prompts(0), 0)
-    text = "Ein Käse: 🧀, ein 語"
-    ids = [*tokenizer.encode(text), tokenizer.token_to_id("<end>")]
-    stream = Stream(Script([ids], 257), inputs, Sampling(max_new_tokens=99), tokenizer, (ids[-1],), 0)
-    pieces = list(stream)
-    assert pieces == list(text)
-    assert (stream.result.text, stream.result.token_ids) == (text, ids)
-
-
-def test_answer_cut_inside_a_character_says_so():
-    tokenizer, inputs = byte_tokenizer(), row_alone(prompts(0), 0)
-    ids = tokenizer.encode("a🧀")[:-1]
-    assert list(Stream(Script([ids], 257), inputs, Sampling(max_new_tokens=4), tokenizer, (), 0)) == ["a", "\ufffd"]
-
-
-def test_words_that_the_tokenizer_does_not_know_are_no_text():
-    """Padded vocabularies: the head may say more words than the tokenizer has."""
-    tokenizer, inputs = byte_tokenizer(), row_alone(prompts(0), 0)
-    ids = [260, *tokenizer.encode("a"), 299]
-    (only,) = generate(Script([ids], 300), inputs, Sampling(max_new_tokens=3), tokenizer, (), 0)
-    assert (only.text, only.token_ids) == ("a", ids)
-
-
-@pytest.mark.parametrize("num_beams", [1, 2])
-def test_placeholders_beyond_the_head_are_harmless(num_beams):
-    """Mllama's head lacks the image token, which the penalty meets in the prompt; the pad may lie there, too."""
-    inputs = Inputs(torch.tensor([[5, 1], [1, 1]]), torch.ones(2, 2, dtype=torch.int64))
-    sampling = Sampling(max_new_tokens=3, repetition_penalty=1.2, num_beams=num_beams)
-    answers = generate(Script([[1, 2, 1], [4, 1, 1]], 5), inputs, sampling, Words(*PIECES), (4,), 6)
-    assert token_ids(answers) == [[1, 2, 1], [4]]
-
-
 # --- stream and clock -------------------------------------------------------------------------------------------------
 
 
@@ -438,25 +219,16 @@ def test_placeholders_beyond_the_head_are_harmless(num_beams):
 def test_stream_equals_generate(sampling):
     model, inputs = TinyModel(tiny_llama(0)), row_alone(prompts(0), 0)
     (whole,) = answer(model, inputs, **{"max_new_tokens": 8} | sampling)
-    stream = Stream(model, inputs, Sampling(**{"max_new_tokens": 8} | sampling), word_tokenizer(), EOS, PAD)
-    pieces = list(stream)
-    assert "".join(pieces) == whole.text == stream.result.text
-    assert (len(pieces) == 1) == (stream.result.score is not None)
-    assert stream.result.token_ids == whole.token_ids
+    streamed = stream(model, inputs, Sampling(**{"max_new_tokens": 8} | sampling), word_tokenizer(), EOS, PAD)
+    pieces = list(streamed)
+    assert "".join(pieces) == whole.text == streamed.result.text
+    assert (len(pieces) == 1) == (streamed.result.score is not None)
+    assert streamed.result.token_ids == whole.token_ids
 
 
 def test_stream_takes_one_conversation():
     with pytest.raises(MinivlmError, match="not 3: use generate"):
-        Stream(TinyModel(tiny_llama(0)), prompts(0), Sampling(), word_tokenizer(), EOS, PAD)
-
-
-def test_inference_mode_is_the_model_s_and_not_the_caller_s():
-    model, inputs = Script([[1, 2, 1]], 11), Inputs(torch.ones(1, 1, dtype=torch.int64), torch.ones(1, 1))
-    outside = [
-        torch.is_inference_mode_enabled()
-        for _ in Stream(model, inputs, Sampling(max_new_tokens=3), Words(*PIECES), (), 0)
-    ]
-    assert (model.inference, outside) == ([True] * 3, [False] * 3)
+        stream(TinyModel(tiny_llama(0)), prompts(0), Sampling(), word_tokenizer(), EOS, PAD)
 
 
 def test_timing_counts_what_was_said():
