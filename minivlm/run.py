@@ -298,10 +298,11 @@ def dry_run(args: dict) -> int:
 
 
 def show_list() -> int:
-    from minivlm.hub import list_aliases
+    from minivlm.hub import list_known
 
-    for line in list_aliases():
-        print(line)
+    print(f"{'alias':32}{'size':>10}  {'on disk':9}repository")
+    for known in list_known():
+        print(f"{known.alias:32}{known.gigabytes:>7.1f} GB  {'yes' if known.on_disk else 'no':9}{known.repository}")
     return 0
 
 

@@ -98,6 +98,8 @@ def upward_imports(text, path):
 
 
 def model_imports(text, path):
+    """A model takes functions, constants and dataclasses of numbers from earlier papers. A class with behaviour, to be
+    subclassed, is what makes a family of models unreadable."""
     here = parts_of(path)
     if here[0] != "models":
         return []
@@ -111,13 +113,22 @@ def model_imports(text, path):
             problems.append(f"{path}: a model does not need the table of models")
         elif MODELS.index(target[1]) >= MODELS.index(here[1]):
             problems.append(f"{path}: {target[1]} is not an earlier paper than {here[1]}")
-        elif names is None:
-            problems.append(f"{path}: import the function that you need from {target[1]}, by name")
         else:
-            other = (ROOT / "minivlm/models" / f"{target[1]}.py").read_text()
-            functions = {node.name for node in ast.parse(other).body if isinstance(node, ast.FunctionDef)}
-            problems += [f"{path}: {n} of {target[1]} is not a function" for n in names if n not in functions]
+            names = attributes_of(target[1], text) if names is None else names
+            behaving = behaving_classes((ROOT / "minivlm/models" / f"{target[1]}.py").read_text(encoding="utf-8"))
+            problems += [f"{path}: takes the class {n} from {target[1]}" for n in names if n in behaving]
     return problems
+
+
+def attributes_of(module, text):
+    """x of every `module.x` in the text."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in nodes if isinstance(node.value, ast.Name) and node.value.id == module}
+
+
+def behaving_classes(text):
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    return {node.name for node in classes if not any("dataclass" in ast.unparse(d) for d in node.decorator_list)}
 
 
 def import_cycles(files):
@@ -238,7 +249,7 @@ BAD = [
     (model_imports, "minivlm/models/llava.py", "from minivlm.models.llava_next import num_image_tokens"),
     (model_imports, "minivlm/models/llava_next.py", "from minivlm.models.llava import Model"),
     (model_imports, "minivlm/models/llava_next.py", "from .llava import Model"),
-    (model_imports, "minivlm/models/llava_next.py", "from minivlm.models import llava"),
+    (model_imports, "minivlm/models/llava_next.py", "from minivlm.models import llava\nclass M(llava.Model): ..."),
     (model_imports, "minivlm/models/__init__.py", "from minivlm.models import llava"),
     (foreign_imports, "minivlm/vlm.py", "import transformers.models"),
     (foreign_imports, "minivlm/vlm.py", "def f():\n    from transformers import AutoModel"),
@@ -257,6 +268,8 @@ GOOD = [
     (upward_imports, "minivlm/vlm.py", "from minivlm import ops\nfrom .models import llava"),
     (upward_imports, "minivlm/ops/rope.py", "from minivlm.ops import loader\nfrom . import rms_norm"),
     (model_imports, "minivlm/models/llava.py", "from minivlm.decoder import Decoder"),
+    (model_imports, "minivlm/models/llava_next.py", "from .llava import LlavaConfig, make_projector"),
+    (model_imports, "minivlm/models/llava_next.py", "from minivlm.models import llava\nKEYS = {**llava.KEYS}"),
     (foreign_imports, "minivlm/vlm.py", "import torch\nfrom . import text"),
     (kwargs_soup, "minivlm/vlm.py", "def chat(self, text, **sampling):\n    return self.generate(text, **sampling)"),
     (kwargs_soup, "minivlm/vlm.py", "def to(self, *args, **kwargs):\n    return super().to(*args, **kwargs)"),

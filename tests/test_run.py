@@ -1,4 +1,4 @@
-"""The command line: what its flags mean, what goes to which stream, and how it ends."""
+"""The command line: what its flags mean, what goes to which stream, how it ends."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs the command with a fake model; returns (exit code, stdout, stderr) and remembers what the model was asked."""
+    """Runs the command with a fake model; returns (exit code, stdout, stderr) and keeps what the model was asked."""
 
     def command(*argv):
         command.vlm = FakeVLM()
@@ -130,6 +130,14 @@ def test_help_names_every_flag_and_gives_examples(command):
     assert code == 0 and "examples:" in out and "Exit codes" in out
     for flags in run.FLAGS.values():
         assert all(name in out for names, _, _ in flags for name in names.split())
+
+
+def test_list_shows_each_alias_with_its_repository(command):
+    code, out, err = command("--list")
+    assert code == 0 and err == ""
+    assert [line.split() for line in out.splitlines() if line.startswith("llava-v1.6 ")] == [
+        ["llava-v1.6", "14.1", "GB", "no", "llava-hf/llava-v1.6-vicuna-7b-hf"]
+    ]
 
 
 def test_every_flag_of_the_examples_exists():
