@@ -57,7 +57,7 @@ class ImageConfig:
 
     do_resize: bool
     size: Size
-    resample: int  # PIL's number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming
+    resample: int  # Pillow's number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming
     do_center_crop: bool
     do_rescale: bool
     rescale_factor: float
@@ -132,7 +132,7 @@ def _parse(hf: dict, foreign: Iterable[str] = ()) -> dict:
             raise MinivlmError(f"the image processor field {key!r} is not one that this model honours: remove it")
         try:
             values[key] = PARSERS[key](value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise MinivlmError(f"the image processor field {key!r} cannot be {repr(value)[:80]}: {error}") from error
     if values.pop("default_to_square", False) and isinstance(hf.get("size"), int):
         values["size"] = Size(*_pair(hf["size"]))
@@ -161,7 +161,7 @@ def _number(value: object) -> float:
 
 def _resample(value: object) -> int:
     if value not in list(Image.Resampling):
-        raise ValueError("it is one of PIL's filters, 0 to 5")
+        raise ValueError(f"Pillow's filters are {', '.join(f'{filter:d}' for filter in Image.Resampling)}")
     return int(value)
 
 

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from minivlm.errors import MinivlmError
-from minivlm.image_config import CLIP_DEFAULTS as CLIP_DEFAULTS
 from minivlm.image_config import ImageConfig, Size
 
 MAX_RESIZED_PIXELS = 64_000_000  # pixels a resize may make: a 20000 x 1 picture at shortest edge 336 has 2.3 billion
