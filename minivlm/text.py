@@ -75,7 +75,12 @@ class Tokenizer:
             raise MinivlmError(f"{folder} has no tokenizer.json and no tokenizer.model; download one of them")
         missing = [token for token in extra_tokens if backend.token_to_id(token) is None]
         backend.add_special_tokens([AddedToken(token, normalized=False) for token in missing])
-        return cls(backend, config)
+        try:
+            return cls(backend, config)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise MinivlmError(
+                f"{folder / 'tokenizer_config.json'} is malformed ({one_line(error)}); download it again"
+            ) from error
 
     def _add_declared_tokens(self, declared: dict) -> None:
         """Adds the tokens that tokenizer_config.json declares and the tokenizer lacks, at the ids it gives them."""
@@ -164,10 +169,11 @@ class Tokenizer:
         return [token.content for token in self._added.values() if len(token.content.strip()) > 1]
 
     @cached_property
-    def _beginnings(self) -> tuple[re.Pattern, set[str]]:
-        """Where a literal begins (a look-ahead, as they may overlap); every proper beginning, in small letters."""
-        begin = re.compile("(?=" + "|".join(map(re.escape, self._literals)) + ")", re.IGNORECASE)
-        return begin, {literal[:end].lower() for literal in self._literals for end in range(1, len(literal))}
+    def _literal_patterns(self) -> tuple[re.Pattern, re.Pattern, set[str]]:
+        """A first character of a literal; a literal; every proper beginning of one, in small letters."""
+        first = re.compile("[" + re.escape("".join({literal[0] for literal in self._literals})) + "]", re.IGNORECASE)
+        whole = re.compile("|".join(map(re.escape, self._literals)), re.IGNORECASE)
+        return first, whole, {literal[:end].lower() for literal in self._literals for end in range(1, len(literal))}
 
     def guard(self, text: str, mark: str) -> str:
         """`text` with the character `mark` behind the first character of every literal, so that none is left in it.
@@ -177,8 +183,8 @@ class Tokenizer:
         """
         if not self._literals:
             return text
-        begin, beginnings = self._beginnings
-        starts = {match.start() for match in begin.finditer(text)}
+        first, whole, beginnings = self._literal_patterns
+        starts = {match.start() for match in first.finditer(text) if whole.match(text, match.start())}
         stripped = text.rstrip()
         for length in range(1, min(len(stripped), max(map(len, self._literals))) + 1):
             if stripped[-length:].lower() in beginnings:
