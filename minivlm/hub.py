@@ -1,7 +1,7 @@
-"""A name → a folder on disk. Folders are themselves; aliases and hub ids are downloaded once, into huggingface_hub's cache.
+"""A name → a folder on disk. Folders are themselves; aliases and hub ids are downloaded once, by huggingface_hub.
 
-Its environment variables all hold: HF_HOME (where the cache is), HF_ENDPOINT (a mirror), HF_HUB_OFFLINE, HF_TOKEN. So do
-its progress bars, and a download that was cut off goes on where it stopped.
+All its environment variables hold: HF_HOME (where its cache is), HF_ENDPOINT (a mirror), HF_HUB_OFFLINE, HF_TOKEN.
+It shows progress, takes up a broken connection where it broke, and fetches no finished file twice.
 
 Does not: look into config.json (what a checkpoint is stands there, never in its name), or read weights (`weights.py`).
 """
@@ -104,7 +104,7 @@ def resolve(name: str | Path, revision: str | None = None, offline: bool = False
 
 def _download(repository: str, revision: str | None, offline: bool, patterns: list[str]) -> Path:
     """The repository's files that match, in the cache; a repository's subfolders hold nothing of use here."""
-    from huggingface_hub import constants, errors, snapshot_download      # slow; a folder on disk need not wait for it
+    from huggingface_hub import constants, errors, snapshot_download  # slow; a folder on disk need not wait for it
 
     hub = constants.ENDPOINT
     try:
@@ -134,7 +134,7 @@ def _download(repository: str, revision: str | None, offline: bool, patterns: li
                     f"in {constants.HF_HUB_CACHE}; free some, or set HF_HOME to a folder on another disk")
         else:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            told = f"downloading {repository} from {hub} failed ({reason}): run again, it goes on where it stopped"
+            told = f"downloading {repository} from {hub} failed ({reason}): run again, finished files are kept"
         raise MinivlmError(told) from error
 
 
@@ -142,7 +142,7 @@ def _refuse_part(folder: Path, name: str) -> None:
     """Raises where the folder holds a piece that was trained on top of a model, and not the model."""
     parts = [part for file, part in PARTS.items() if (folder / file).is_file()]
     if parts and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise MinivlmError(f"{name} holds {parts[0]} only: merge it into the model it was trained on, and give that folder")
+        raise MinivlmError(f"{name} holds {parts[0]} only: merge it into the model it was trained on, and give that")
 
 
 def _meant(name: str) -> str:
