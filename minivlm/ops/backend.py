@@ -1,25 +1,45 @@
-"""Which implementation an op runs: `reference` (torch), `cpu` (C++), `cuda`, or `emulated` (the CUDA sources on the CPU)."""
+"""Which implementation an op runs: `reference` (torch), `cpu` (C++), `cuda`, or `emulated` (the CUDA sources on the CPU).
 
-from collections.abc import Iterator
+The choice is made once per device and kept, because decoding asks for it some sixty times a token. Nothing is compiled at import; the
+first op that could use a kernel triggers it. `MINIVLM_KERNELS=reference` in the environment keeps everything on torch.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from minivlm.errors import MinivlmError
+from minivlm.ops import build
 
-MODES = ("auto", "reference", "fused")
-_mode = "auto"
+NAMES = ("reference", "cpu", "emulated", "cuda")
+MODES = ("auto", "fused", *NAMES)
 
-
-def backends() -> list[str]:
-    """Names of the backends that work on this machine; `reference` always does."""
-    return ["reference"]
+_mode = os.environ.get("MINIVLM_KERNELS", "auto")
+_chosen: dict = {}  # device type → torch.ops.<library>, or None for the reference; emptied when the mode changes
+_missing: dict[str, str | None] = {}  # library → why it is not there, or None if it is loaded
+_registrations: list[Callable[[str], None]] = []
 
 
 def set_backend(name: str) -> None:
-    """Choose for the whole process: `auto`, `fused` (kernels or an error), or one of `backends()` by name."""
+    """Choose for the whole process.
+
+    `auto`: kernels where they can be had, else the reference, with one line on stderr. `fused`: kernels of the tensor's device, or an
+    error. Or a backend by name; one that is not there is an error, never a silent fallback.
+    """
     global _mode
-    if name not in ("auto", *backends()):
-        raise MinivlmError(f"kernel backend {name!r} is not there; here are: auto, {', '.join(backends())}")
+    if name not in MODES:
+        raise MinivlmError(f"there is no kernel backend {name!r}; choose one of {', '.join(MODES)}")
+    library = {"fused": "minivlm", "cpu": "minivlm", "cuda": "minivlm", "emulated": "minivlm_emulated"}.get(name)
+    if library and why_not(library):
+        raise MinivlmError(f"the {name} kernels are not there: {why_not(library)}; `auto` falls back on torch")
+    if name == "cuda" and not _has_cuda_kernels():
+        raise MinivlmError("the cuda kernels are not there: they need a torch with CUDA, nvcc and a GPU")
     _mode = name
+    _chosen.clear()
 
 
 @contextmanager
@@ -31,3 +51,69 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         set_backend(before)
+
+
+def backends() -> list[str]:
+    """What works on this machine, compiled now if it was not yet."""
+    there = {
+        "reference": True,
+        "cpu": why_not("minivlm") is None,
+        "emulated": why_not("minivlm_emulated") is None,
+        "cuda": _has_cuda_kernels(),
+    }
+    return [name for name in NAMES if there[name]]
+
+
+def why_not(library: str) -> str | None:
+    """Load a library if need be; None if it is there, else the reason."""
+    if library not in _missing:
+        try:
+            build.load(library)
+            for register in _registrations:
+                register(library)
+            _missing[library] = None
+        except build.Unavailable as reason:
+            _missing[library] = str(reason)
+    return _missing[library]
+
+
+def on_load(register: Callable[[str], None]) -> Callable[[str], None]:
+    """Decorator: `register(library)` teaches torch shapes and gradients of a library's ops once it is loaded."""
+    _registrations.append(register)
+    return register
+
+
+def kernels_for(x: Tensor):
+    """The namespace of ops that serve tensors like `x`, or None: use the reference."""
+    kind = x.device.type
+    if kind not in _chosen:
+        _choose(kind)
+    return _chosen[kind]
+
+
+def _choose(kind: str) -> None:
+    _chosen[kind] = None
+    if kind == "meta" or _mode == "reference":
+        return
+    if _mode not in MODES:
+        raise MinivlmError(f"MINIVLM_KERNELS is {_mode!r}; choose one of {', '.join(MODES)}")
+    served = {"cpu": ("cpu",), "emulated": ("cpu",), "cuda": ("cuda",)}.get(_mode, ("cpu", "cuda"))
+    library = "minivlm_emulated" if _mode == "emulated" else "minivlm"
+    reason = why_not(library) if kind in served else f"tensors are on {kind}"
+    if reason is None and kind == "cuda" and not _has_cuda_kernels():
+        reason = "the library was built without CUDA (torch with CUDA and nvcc are needed)"
+    if reason is None:
+        _chosen[kind] = getattr(torch.ops, library)
+    elif _mode != "auto":
+        raise MinivlmError(f"kernels {_mode!r} were asked for, but {reason}")
+    elif kind in ("cpu", "cuda"):
+        print(f"minivlm: running on torch's own operations, {reason}", file=sys.stderr)
+
+
+# torch.compile asks at trace time and takes what it finds for constant: what torch.compiler.assume_constant_result does, without the
+# second that importing the compiler takes.
+_choose._dynamo_marked_constant = True
+
+
+def _has_cuda_kernels() -> bool:
+    return why_not("minivlm") is None and torch._C._dispatch_has_kernel_for_dispatch_key("minivlm::rms_norm", "CUDA")

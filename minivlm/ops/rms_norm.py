@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import MinivlmError
+from minivlm.ops import backend
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -19,19 +20,70 @@ def add_rms_norm_reference(residual: Tensor, x: Tensor, weight: Tensor, eps: flo
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension of `x (..., D)`, any strides, and scale it by `weight (D,)`; returns `(..., D)`."""
-    _check(x, weight)
-    return rms_norm_reference(x, weight, eps)
+    """Normalise the last dimension of `x (..., D)`, any strides, and scale it by `weight (D,)`; returns `(..., D)`.
+
+    Unlike dtypes, as autocast makes them, are brought to the wider one first.
+    """
+    if x.shape[-1:] != weight.shape:
+        raise MinivlmError(f"rms_norm: x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight must be (last of x,)")
+    if x.dtype != weight.dtype:
+        x, weight = _widest(x, weight)
+    kernels = backend.kernels_for(x)
+    return rms_norm_reference(x, weight, eps) if kernels is None else kernels.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return `(rms_norm(residual + x), residual + x)`, both `(..., D)`: one read where two ops would need two."""
-    if residual.shape != x.shape:
-        raise MinivlmError(f"add_rms_norm: residual is {tuple(residual.shape)}, x is {tuple(x.shape)}; make them alike")
-    _check(x, weight)
-    return add_rms_norm_reference(residual, x, weight, eps)
+    """Return `(rms_norm(residual + x), residual + x)`, both `(..., D)`: one pass over memory where two ops make two."""
+    if residual.shape != x.shape or x.shape[-1:] != weight.shape:
+        raise MinivlmError(
+            f"add_rms_norm: residual is {tuple(residual.shape)}, x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; "
+            "residual and x must be alike, weight (last of x,)"
+        )
+    if x.dtype != weight.dtype or residual.dtype != weight.dtype:
+        residual, x, weight = _widest(residual, x, weight)
+    kernels = backend.kernels_for(x)
+    if kernels is None:
+        return add_rms_norm_reference(residual, x, weight, eps)
+    return kernels.add_rms_norm(residual, x, weight, eps)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
-    if weight.dim() != 1 or x.dim() == 0 or x.size(-1) != weight.size(0):
-        raise MinivlmError(f"rms_norm: x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight must be (last of x,)")
+def _widest(*tensors: Tensor) -> list[Tensor]:
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+@backend.on_load
+def _register(library: str) -> None:
+    """With n = x / rms(x): grad_x = (w * grad - n * mean(w * grad * n)) / rms(x), grad_w = the sum over rows of grad * n."""
+    ops = getattr(torch.ops, library)
+
+    def remember(ctx, inputs, output):
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
+
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return *ops.rms_norm_backward(grad, None, x, weight, ctx.eps), None
+
+    def remember_total(ctx, inputs, output):
+        _, _, weight, ctx.eps = inputs
+        ctx.save_for_backward(output[1], weight)
+
+    def backward_of_add(ctx, grad, grad_total):
+        total, weight = ctx.saved_tensors
+        grad_x, grad_weight = ops.rms_norm_backward(grad, grad_total, total, weight, ctx.eps)
+        return grad_x, grad_x, grad_weight, None
+
+    # What torch.compile sees of an op: shapes and dtypes. Results are contiguous whatever the arguments' strides.
+    torch.library.register_fake(f"{library}::rms_norm", lambda x, weight, eps: x.new_empty(x.shape))
+    torch.library.register_fake(
+        f"{library}::add_rms_norm", lambda residual, x, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape))
+    )
+    torch.library.register_fake(
+        f"{library}::rms_norm_backward",
+        lambda grad, grad_total, x, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    )
+    torch.library.register_autograd(f"{library}::rms_norm", backward, setup_context=remember)
+    torch.library.register_autograd(f"{library}::add_rms_norm", backward_of_add, setup_context=remember_total)

@@ -1,0 +1,88 @@
+// RMSNorm and its gradient, rows shared out over threads. The loop nest is the definition:
+//
+//   for each row:  scale = 1 / sqrt(mean(x^2) + eps);   y[d] = weight[d] * T(x[d] * scale)
+//
+// `omp simd` lets the compiler keep one partial sum per vector lane, which plain C++ forbids because it changes the order of the
+// additions. Memory: one read and one write per element (two and two with a residual); the second pass finds the row in cache.
+#include <cmath>
+
+#include "../types.h"
+#include "parallel.h"
+
+namespace minivlm::cpu {
+namespace {
+
+template <class T>
+Acc<T> inverse_rms(const T* x, int64_t width, double eps) {
+  Acc<T> squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t d = 0; d < width; d++) squares += Acc<T>(x[d]) * Acc<T>(x[d]);
+  return 1 / std::sqrt(squares / width + Acc<T>(eps));
+}
+
+template <class T>
+void forward_row(const RmsNorm& a, int64_t row) {
+  const T* x = static_cast<const T*>(a.x) + row * a.width;
+  const T* weight = static_cast<const T*>(a.weight);
+  T* y = static_cast<T*>(a.y) + row * a.width;
+  if (a.residual) {
+    const T* residual = static_cast<const T*>(a.residual) + row * a.width;
+    T* total = static_cast<T*>(a.total) + row * a.width;
+#pragma omp simd
+    for (int64_t d = 0; d < a.width; d++) total[d] = T(Acc<T>(residual[d]) + Acc<T>(x[d]));
+    x = total;
+  }
+  const Acc<T> scale = inverse_rms(x, a.width, a.eps);
+#pragma omp simd
+  for (int64_t d = 0; d < a.width; d++) y[d] = T(Acc<T>(weight[d]) * Acc<T>(T(Acc<T>(x[d]) * scale)));
+}
+
+// With n = x * scale:  grad_x = scale * (weight * grad - n * mean(weight * grad * n)),  grad_weight = sum over rows of grad * n.
+template <class T>
+void backward_row(const RmsNormBackward& a, int64_t row, Acc<T>* grad_weight) {
+  const T* grad = static_cast<const T*>(a.grad) + row * a.width;
+  const T* x = static_cast<const T*>(a.x) + row * a.width;
+  const T* weight = static_cast<const T*>(a.weight);
+  T* grad_x = static_cast<T*>(a.grad_x) + row * a.width;
+  const Acc<T> scale = inverse_rms(x, a.width, a.eps);
+  Acc<T> dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t d = 0; d < a.width; d++) {
+    const Acc<T> normed = Acc<T>(T(Acc<T>(x[d]) * scale));
+    dot += Acc<T>(weight[d]) * Acc<T>(grad[d]) * normed;
+    grad_weight[d] += Acc<T>(grad[d]) * normed;
+  }
+  dot /= a.width;
+  const T* grad_total = a.grad_total ? static_cast<const T*>(a.grad_total) + row * a.width : nullptr;
+#pragma omp simd
+  for (int64_t d = 0; d < a.width; d++) {
+    const Acc<T> through = scale * (Acc<T>(weight[d]) * Acc<T>(grad[d]) - Acc<T>(x[d]) * scale * dot);
+    grad_x[d] = T(grad_total ? through + Acc<T>(grad_total[d]) : through);
+  }
+}
+
+}  // namespace
+
+void rms_norm(const RmsNorm& a, void*) {
+  by_type<float16, bfloat16>(a.type, [&](auto zero) {
+    parallel_for(a.rows, grain_of(a.width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; row++) forward_row<decltype(zero)>(a, row);
+    });
+  });
+}
+
+void rms_norm_backward(const RmsNormBackward& a, void*) {
+  by_type<float16, bfloat16>(a.type, [&](auto zero) {
+    using T = decltype(zero);
+    parallel_for(a.chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; chunk++) {
+        Acc<T>* grad_weight = static_cast<Acc<T>*>(a.grad_weight) + chunk * a.width;
+        std::fill(grad_weight, grad_weight + a.width, Acc<T>(0));
+        for (int64_t row = a.rows * chunk / a.chunks; row < a.rows * (chunk + 1) / a.chunks; row++)
+          backward_row<T>(a, row, grad_weight);
+      }
+    });
+  });
+}
+
+}  // namespace minivlm::cpu

@@ -1,0 +1,21 @@
+// The ops as torch knows them. Their meaning stands in minivlm/ops/, one file per op, in five lines of torch each.
+#include <torch/library.h>
+
+#ifndef MINIVLM_LIBRARY
+#define MINIVLM_LIBRARY minivlm
+#endif
+
+#define DEFINE(library, m) TORCH_LIBRARY(library, m)  // one more expansion, so that the name may come from the command line
+
+DEFINE(MINIVLM_LIBRARY, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor residual, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "apply_rope(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, int[]? sections=None, float scale=1.0) "
+      "-> (Tensor, Tensor)");
+  m.def("patch_merge(Tensor x, Tensor grid_thw, int merge, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def(
+      "patch_merge_backward(Tensor grad, Tensor x, Tensor grid_thw, int merge, Tensor weight, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+}
