@@ -97,8 +97,8 @@ def resolve(name: str | Path, revision: str | None = None, offline: bool = False
         _refuse_part(folder, repository)
         folder = _download(repository, revision, offline, SMALL + WEIGHTS[1:])
         if not any(folder.glob(WEIGHTS[1])):
-            raise MinivlmError(f"{repository} holds no weights, or those of a projector or adapter alone: "
-                               "give a whole model, merged where need be")
+            raise MinivlmError(f"no weights of {repository} were to be had: it is a projector or adapter alone, "
+                               "which must be merged first, or minivlm is offline and lacks them")
     return folder
 
 

@@ -193,7 +193,7 @@ def test_download_falls_back_to_bin(server, tmp_path):
 def test_download_without_weights(server, tmp_path):
     folder = Path(ask(server, tmp_path, weights=False)["folder"])
     assert {file.name for file in folder.iterdir()} == SMALL
-    assert "not (wholly) on disk" in ask(server, tmp_path, offline=True).get("error", "")
+    assert "minivlm is offline" in ask(server, tmp_path, offline=True)["error"]
 
 
 def test_download_resumes_after_a_broken_connection(server, tmp_path):
