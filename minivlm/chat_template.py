@@ -19,7 +19,7 @@ from jinja2.visitor import NodeTransformer
 from minivlm.errors import MinivlmError
 
 MAX_CHARACTERS = 10_000_000  # of a prompt, or of any string on the way; 128k tokens are about 500,000
-MAX_LOOP_STEPS = 1_000_000  # per rendering, all loops together: about a second
+MAX_LOOP_STEPS = 300_000  # per rendering, all loops together; a thousand messages take about 10,000
 
 
 def one_line(error: object) -> str:

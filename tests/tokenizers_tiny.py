@@ -133,3 +133,57 @@ def _tokens(literals, special=True):
 def _bos_first(bos, index):
     pair = f"{bos} $A {bos}:1 $B:1"
     return processors.TemplateProcessing(single=f"{bos} $A", pair=pair, special_tokens=[(bos, index)])
+
+
+# --- chat templates that write what the published ones write, by family -----------------------------------------------
+
+_EACH = "{%% for part in message['content'] | selectattr('type', 'equalto', '%s') %%}%s{%% endfor %%}"
+_IMAGES = _EACH % ("image", "<image>{{ '\\n' }}")
+
+TEMPLATES = {
+    # USER: <image>\nquestion ASSISTANT: answer USER: ... (pictures first, whatever their place; no end-of-turn token)
+    "llava": (
+        "{% for message in messages %}{{ message['role'].upper() }}: " + _IMAGES +
+        "{% if message['role'] == 'assistant' %}"
+        + _EACH % ("text", "{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}") +
+        "{% else %}" + _EACH % ("text", "{{ part['text'] + ' ' }}") + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    ),
+    # [INST] <image>\nquestion [/INST] answer<\s> (the published template has this slip of the pen)
+    "mistral": (
+        "{% for message in messages %}{% if message['role'] == 'user' %}[INST] " + _IMAGES
+        + _EACH % ("text", "{{ part['text'] }}") + " [/INST]"
+        "{% elif message['role'] == 'assistant' %} {{ message['content'][0]['text'] }}<\\s> "
+        "{% else %}{{ raise_exception('Only user and assistant speak here!') }}{% endif %}{% endfor %}"
+    ),
+    # <|im_start|>user <image>\nquestion<|im_end|><|im_start|>assistant\n
+    "onevision": (
+        "{% for message in messages %}<|im_start|>{{ message['role'] + ' ' }}" + _EACH % ("image", "<image>")
+        + _EACH % ("video", "<video>") + "{% if message['role'] == 'assistant' %}"
+        + _EACH % ("text", "{% generation %}{{ '\\n' + part['text'] }}{% endgeneration %}") +
+        "{% else %}" + _EACH % ("text", "{{ '\\n' + part['text'] }}") + "{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+    ),
+    # parts in their order, a default system turn, pictures numbered on request
+    "qwen2_vl": (
+        "{% set seen = namespace(images=0) %}{% for message in messages %}"
+        "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+        "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        "{% set seen.images = seen.images + 1 %}{% if add_vision_id %}Picture {{ seen.images }}: {% endif %}<image>"
+        "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    # BOS written by the template, trimmed text, a system turn only where there is no picture
+    "mllama": (
+        "{{- bos_token }}{%- set seen = namespace(image=false) %}"
+        "{%- for message in messages %}{%- for part in message['content'] %}"
+        "{%- if part['type'] == 'image' %}{%- set seen.image = true %}{%- endif %}{%- endfor %}{%- endfor %}"
+        "{%- if not seen.image %}{{- '<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>' }}{%- endif %}"
+        "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+        "{%- for part in message['content'] %}{%- if part['type'] == 'image' %}{{- '<|image|>' }}"
+        "{%- elif part['type'] == 'text' %}{{- part['text'] | trim }}{%- endif %}{%- endfor %}{{- '<|eot_id|>' }}"
+        "{%- endfor %}{%- if add_generation_prompt %}"
+        "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+    ),
+}  # fmt: skip
