@@ -31,7 +31,7 @@ CLIP_DEFAULTS = {
 BOOKKEEPING = {
     "processor_class", "image_processor_type", "feature_extractor_type", "auto_map", "transformers_version",
     "_valid_processor_keys", "_valid_kwargs_names", "input_data_format", "return_tensors", "device",
-    "disable_grouping", "image_seq_length",
+    "disable_grouping", "image_seq_length", "aspect_ratio_setting",
 }  # fmt: skip
 
 MAX_SIDE = 2**13  # pixels of a side in a config; the largest published is 2304, OneVision's 6 x 6 tiles

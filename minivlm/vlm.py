@@ -1,0 +1,225 @@
+"""`VLM`: processor + model + generation behind a handful of methods; `load` makes one from a checkpoint."""
+
+import importlib
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minivlm import generate as generation
+from minivlm.errors import MinivlmError
+from minivlm.hub import resolve
+from minivlm.inputs import Inputs, Prompt
+from minivlm.models import MODULES
+from minivlm.sampling import Sampling
+from minivlm.weights import load_weights, read_config, read_json, save_weights, stored_dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One answer."""
+
+    text: str  # without the stop token, special tokens and the stop string
+    token_ids: list[int]  # the new tokens, the stop token included
+    prompt_tokens: int  # length of the prompt in tokens, pictures included
+    finish_reason: str  # "stop" | "length"
+    stats: dict  # seconds and tokens per second, of the whole batch
+
+
+def load(
+    name: "str | Path",
+    device: "str | torch.device" = "auto",
+    dtype: "str | torch.dtype" = "auto",
+    vision: bool = True,
+    revision: str | None = None,
+    offline: bool = False,
+    weights: bool = True,
+) -> "VLM":
+    """Opens a checkpoint: an alias (`llava-v1.6`), a hub id, or a folder laid out as on the hub.
+
+    `device` "auto" is the GPU if there is one. `dtype` "auto" is the checkpoint's; on a CPU float16, which CPUs hardly compute in,
+    becomes bfloat16 where the processor has it and float32 elsewhere. `vision=False` never reads the vision weights: text only.
+    `weights=False` reads no weights at all (a dry run): the model stays on the meta device and can only be asked for shapes.
+    """
+    folder = resolve(name, revision, offline, weights=weights)
+    config = read_config(folder)
+    model_type = config["model_type"]
+    if model_type not in MODULES:
+        raise MinivlmError(f"{folder} is a {model_type!r} model; minivlm knows {', '.join(MODULES)}")
+    family = importlib.import_module(MODULES[model_type])
+    device = pick_device(device)
+    with torch.device("meta"):
+        model = family.Model.from_config(config)
+    skip = [] if vision else [prefix for prefix in family.KEYS if prefix.startswith(VISION_PREFIXES)]
+    if weights:
+        dtype = pick_dtype(dtype, device, folder)
+        load_weights(model, folder, family.KEYS, dtype, device, skip=[*skip, *tied_head(model)])
+    model.eval().requires_grad_(False)
+    processor = family.Processor.from_folder(folder, config)
+    return VLM(model, processor, stop_ids(folder, config, processor.tokenizer), device, family.KEYS, folder)
+
+
+# What `vision=False` leaves out, under our own names.
+VISION_PREFIXES = ("vision", "image", "video", "multi_modal_projector")
+
+
+def pick_device(device: "str | torch.device") -> torch.device:
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MinivlmError("device cuda was asked for, but torch sees no CUDA GPU here; use device cpu")
+    return device
+
+
+def pick_dtype(dtype: "str | torch.dtype", device: torch.device, folder: Path) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise MinivlmError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+        return DTYPES[dtype]
+    stored = stored_dtype(folder)
+    if device.type == "cpu" and stored in (torch.float16, torch.bfloat16):
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return stored
+
+
+def tied_head(model: nn.Module) -> list[str]:
+    """Some tied checkpoints store the head all the same; it is the embedding table, and not read twice."""
+    return [] if "language_model.lm_head.weight" in model.state_dict() else ["language_model.lm_head"]
+
+
+def stop_ids(folder: Path, config: dict, tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer: generation_config.json, else config.json, else the tokenizer's own."""
+    text = config.get("text_config") or {}
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.exists() else None
+    for other in (config.get("eos_token_id"), text.get("eos_token_id"), tokenizer.eos_id):
+        found = other if found is None else found
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list) else (found,)
+
+
+class VLM:
+    """A loaded checkpoint. `model` is the torch module, `processor` makes its inputs; both can be used alone.
+
+    `**sampling` of the methods below is what `Sampling` takes: max_new_tokens=256, temperature=0.0 (greedy), top_p, top_k, min_p,
+    repetition_penalty, num_beams, stop, seed. `template_kwargs` go to the chat template, `images_kwargs` override the checkpoint's
+    image settings.
+    """
+
+    def __init__(self, model, processor, eos_ids: tuple[int, ...], device: torch.device, keys: dict, folder: Path):
+        self.model, self.processor, self.eos_ids, self.device = model, processor, eos_ids, device
+        self.keys, self.folder = keys, folder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.language_model.norm.weight.dtype
+
+    def preprocess(
+        self,
+        conversations: "list[list[dict] | Prompt]",
+        template_kwargs: dict | None = None,
+        images_kwargs: dict | None = None,
+        labels: bool = False,
+    ) -> Inputs:
+        """A batch of conversations → `Inputs` on the model's device, left-padded.
+
+        With `labels`, nothing is generated: the conversations hold answers, and `inputs.labels` is −100 everywhere but on them.
+        """
+        inputs = self.processor(conversations, template_kwargs, images_kwargs, labels, add_generation_prompt=not labels)
+        return inputs.to(self.device, self.dtype)
+
+    def generate(
+        self,
+        messages: "list[dict] | Prompt | list",
+        template_kwargs: dict | None = None,
+        images_kwargs: dict | None = None,
+        **sampling,
+    ) -> "Result | list[Result]":
+        """The answer to a conversation; for a list of conversations the list of their answers, each as if asked alone."""
+        one = isinstance(messages, Prompt) or (len(messages) > 0 and isinstance(messages[0], dict))
+        begun = time.perf_counter()
+        settings = Sampling(**sampling)
+        inputs = self.preprocess([messages] if one else messages, template_kwargs, images_kwargs)
+        preprocessing = time.perf_counter() - begun
+        answers = generation.generate(
+            self.model, inputs, settings, self.processor.tokenizer, self.eos_ids, self.processor.tokenizer.pad_id
+        )
+        lengths = inputs.attention_mask.sum(1).tolist()
+        results = [result_of(a, length, preprocessing) for a, length in zip(answers, lengths, strict=True)]
+        return results[0] if one else results
+
+    def stream(
+        self,
+        messages: "list[dict] | Prompt",
+        template_kwargs: dict | None = None,
+        images_kwargs: dict | None = None,
+        **sampling,
+    ) -> "Stream":
+        """The answer in pieces, as an iterator; its `result` holds the `Result` once it is exhausted."""
+        begun = time.perf_counter()
+        settings = Sampling(**sampling)
+        inputs = self.preprocess([messages], template_kwargs, images_kwargs)
+        preprocessing = time.perf_counter() - begun
+        pieces = generation.stream(
+            self.model, inputs, settings, self.processor.tokenizer, self.eos_ids, self.processor.tokenizer.pad_id
+        )
+        return Stream(pieces, inputs.input_ids.shape[1], preprocessing)
+
+    def chat(self, message: "str | list[dict]", images: "list | tuple" = (), **sampling) -> str:
+        """The text of the answer to a question about `images`, or to a whole conversation."""
+        if isinstance(message, str):
+            parts = [{"type": "image", "image": image} for image in images]
+            message = [{"role": "user", "content": [*parts, {"type": "text", "text": message}]}]
+        elif images:
+            raise MinivlmError("pictures go into the messages where messages are given; images= is for a plain question")
+        return self.generate(message, **sampling).text
+
+    def save(self, folder: "str | Path"):
+        """Writes a checkpoint in the hub's layout, which transformers loads, too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in self.folder.iterdir():
+            if file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json"):
+                if not (folder / file.name).exists() or not file.samefile(folder / file.name):
+                    shutil.copy(file, folder / file.name)
+        save_weights(self.model, folder, self.keys)
+
+
+class Stream:
+    """Pieces of text; `result` once they are exhausted."""
+
+    def __init__(self, pieces: "generation.Stream", prompt_tokens: int, preprocessing: float):
+        self.pieces, self.prompt_tokens, self.preprocessing = pieces, prompt_tokens, preprocessing
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self.pieces)
+
+    @property
+    def result(self) -> Result | None:
+        answer = self.pieces.result
+        return None if answer is None else result_of(answer, self.prompt_tokens, self.preprocessing)
+
+
+def result_of(answer: "generation.Generation", prompt_tokens: int, preprocessing: float) -> Result:
+    timing = answer.timing
+    stats = {
+        "preprocessing_seconds": preprocessing,
+        "first_token_seconds": preprocessing + timing.first_token,
+        "total_seconds": preprocessing + timing.total,
+        "tokens_per_second": timing.tokens_per_second,
+        "new_tokens": timing.new_tokens,
+    }
+    return Result(answer.text, answer.token_ids, prompt_tokens, answer.finish_reason, stats)
