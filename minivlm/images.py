@@ -95,7 +95,7 @@ def _middle(length: int, resized: int, crop: int) -> _Middle:
     """One axis of `_resize_centre`."""
     out, scale = min(crop, resized), length / resized
     first = (resized - out) // 2 * scale
-    reach = math.ceil(3 * max(1.0, scale)) + 1  # of PIL's widest filter
+    reach = math.ceil(5 * max(1.0, scale)) + 1  # of PIL's widest filter
     start = max(math.floor(first) - reach, 0)
     end = min(math.ceil(first + out * scale) + reach, length)
     return _Middle(start, end, first - start, min(first - start + out * scale, end - start), out)
