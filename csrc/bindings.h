@@ -1,6 +1,6 @@
 // Joins the kernels to torch: checks what would be unsafe, allocates, launches. Included by one bindings_*.cpp per backend, which has
-// said before: MINIVLM_BACKEND, the namespace of its kernels; MINIVLM_KEY, torch's dispatch key for it; and `Launch`, made from a
-// tensor, which holds what a launch there needs and gives the stream.
+// defined before: MINIVLM_BACKEND, the namespace of its kernels; and `Launch`, made from a tensor, which holds what a launch there
+// needs and gives the stream.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -11,10 +11,6 @@
 #include <tuple>
 
 #include "kernels.h"
-
-#ifndef MINIVLM_LIBRARY
-#define MINIVLM_LIBRARY minivlm
-#endif
 
 namespace minivlm {
 namespace {
@@ -189,16 +185,15 @@ std::tuple<Tensor, Tensor, Tensor> patch_merge_backward(const Tensor& grad_any, 
   return {grad_x, grad_weight.sum(0).to(x.scalar_type()), grad_bias.sum(0).to(x.scalar_type())};
 }
 
+// Called by the including file's TORCH_LIBRARY_IMPL, which names the library and torch's dispatch key.
+void implement_ops(torch::Library& m) {
+  m.impl("rms_norm", rms_norm);
+  m.impl("add_rms_norm", add_rms_norm);
+  m.impl("rms_norm_backward", rms_norm_backward);
+  m.impl("apply_rope", apply_rope);
+  m.impl("patch_merge", patch_merge);
+  m.impl("patch_merge_backward", patch_merge_backward);
+}
+
 }  // namespace
 }  // namespace minivlm
-
-#define IMPLEMENT(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
-
-IMPLEMENT(MINIVLM_LIBRARY, MINIVLM_KEY, m) {
-  m.impl("rms_norm", minivlm::rms_norm);
-  m.impl("add_rms_norm", minivlm::add_rms_norm);
-  m.impl("rms_norm_backward", minivlm::rms_norm_backward);
-  m.impl("apply_rope", minivlm::apply_rope);
-  m.impl("patch_merge", minivlm::patch_merge);
-  m.impl("patch_merge_backward", minivlm::patch_merge_backward);
-}

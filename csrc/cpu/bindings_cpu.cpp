@@ -20,5 +20,8 @@ struct Launch {
 }  // namespace minivlm
 
 #define MINIVLM_BACKEND cpu
-#define MINIVLM_KEY CPU
 #include "../bindings.h"
+#include "../ops.h"
+
+TORCH_LIBRARY(minivlm, m) { minivlm::define_ops(m); }
+TORCH_LIBRARY_IMPL(minivlm, CPU, m) { minivlm::implement_ops(m); }

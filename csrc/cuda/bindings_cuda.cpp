@@ -16,5 +16,6 @@ struct Launch {
 }  // namespace minivlm
 
 #define MINIVLM_BACKEND cuda
-#define MINIVLM_KEY CUDA
 #include "../bindings.h"
+
+TORCH_LIBRARY_IMPL(minivlm, CUDA, m) { minivlm::implement_ops(m); }

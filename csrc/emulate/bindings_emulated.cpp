@@ -12,7 +12,9 @@ struct Launch {
 }  // namespace
 }  // namespace minivlm
 
-#define MINIVLM_LIBRARY minivlm_emulated
 #define MINIVLM_BACKEND cuda
-#define MINIVLM_KEY CPU
 #include "../bindings.h"
+#include "../ops.h"
+
+TORCH_LIBRARY(minivlm_emulated, m) { minivlm::define_ops(m); }
+TORCH_LIBRARY_IMPL(minivlm_emulated, CPU, m) { minivlm::implement_ops(m); }

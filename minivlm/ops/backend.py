@@ -1,7 +1,8 @@
-"""Which implementation an op runs: `reference` (torch), `cpu` (C++), `cuda`, or `emulated` (the CUDA sources on the CPU).
+"""Which implementation an op runs: `reference` (torch), `cpu` (C++), `cuda`, or `emulated` (CUDA sources on the CPU).
 
-The choice is made once per device and kept, because decoding asks for it some sixty times a token. Nothing is compiled at import; the
-first op that could use a kernel triggers it. `MINIVLM_KERNELS=reference` in the environment keeps everything on torch.
+The choice is made once per device and kept, because decoding asks for it some sixty times a token. Nothing is compiled
+at import; the first op that could use a kernel triggers it. `MINIVLM_KERNELS=reference` in the environment keeps
+everything on torch.
 """
 
 import os
@@ -27,8 +28,8 @@ _registrations: list[Callable[[str], None]] = []
 def set_backend(name: str) -> None:
     """Choose for the whole process.
 
-    `auto`: kernels where they can be had, else the reference, with one line on stderr. `fused`: kernels of the tensor's device, or an
-    error. Or a backend by name; one that is not there is an error, never a silent fallback.
+    `auto`: kernels where they can be had, else the reference, with one line on stderr. `fused`: kernels of the tensor's
+    device, or an error. Or a backend by name; one that is not there is an error, never a silent fallback.
     """
     global _mode
     if name not in MODES:
@@ -110,8 +111,8 @@ def _choose(kind: str) -> None:
         print(f"minivlm: running on torch's own operations, {reason}", file=sys.stderr)
 
 
-# torch.compile asks at trace time and takes what it finds for constant: what torch.compiler.assume_constant_result does, without the
-# second that importing the compiler takes.
+# torch.compile asks at trace time and takes what it finds for constant: what torch.compiler.assume_constant_result
+# does, without the second that importing the compiler takes.
 _choose._dynamo_marked_constant = True
 
 

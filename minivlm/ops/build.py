@@ -1,8 +1,8 @@
-"""Compiles csrc/ and loads it: found ready, or built ahead of time by setup.py, or built here and now, once per machine.
+"""Compiles csrc/ and loads it: built ahead of time by setup.py, or earlier, or now, once per machine.
 
-Two libraries come out of the same sources: `minivlm` (the C++ kernels, and the CUDA kernels where torch and nvcc are CUDA-capable)
-and `minivlm_emulated` (the CUDA kernels compiled for the CPU). What can go wrong is answered with one line; nothing here raises because
-of a missing tool, since every op has a reference to fall back on.
+Two libraries come out of the same sources: `minivlm`, the C++ kernels and, where torch and a toolkit allow, the CUDA
+kernels; and `minivlm_emulated`, the CUDA kernels compiled for the CPU. What goes wrong becomes one line, `Unavailable`;
+every op has a reference to fall back on.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def compiler() -> str | None:
 
 
 def architectures() -> str:
-    """What nvcc compiles for: the environment's wish, else this machine's GPU, else A100, H100 and PTX for what comes after."""
+    """What nvcc compiles for: the environment's wish, else this machine's GPU, else A100, H100, PTX for later ones."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     if torch.cuda.is_available():
@@ -67,16 +67,16 @@ def architectures() -> str:
 
 def sources(library: str) -> list[str]:
     if library == "minivlm_emulated":
-        patterns = ["ops.cpp", "emulate/*.cpp"]
+        patterns = ["emulate/*.cpp"]
     else:
-        patterns = ["ops.cpp", "cpu/*.cpp"] + (["cuda/*.cpp", "cuda/*.cu"] if with_cuda() else [])
+        patterns = ["cpu/*.cpp"] + (["cuda/*.cpp", "cuda/*.cu"] if with_cuda() else [])
     return [str(path) for pattern in patterns for path in sorted(CSRC.glob(pattern))]
 
 
 def flags(library: str, native: bool) -> list[str]:
-    """For the C++ compiler. `native` allows the instructions of this very machine: right for a build that stays here."""
+    """For the C++ compiler. `native` allows all instructions of this machine: right for a build that stays here."""
     # omp simd lets sums be vectorised; hidden visibility keeps the two libraries' kernels of the same name apart.
-    common = ["-O3", "-fopenmp-simd", "-fvisibility=hidden", f"-DMINIVLM_LIBRARY={library}"]
+    common = ["-O3", "-fopenmp-simd", "-fvisibility=hidden"]
     if library == "minivlm_emulated":
         return [*common, f"-I{CSRC / 'emulate'}"]
     if not native:
@@ -88,7 +88,7 @@ def flags(library: str, native: bool) -> list[str]:
 def folder(library: str) -> Path:
     """Where builds of exactly these sources for exactly this torch, toolkit and processor live."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    parts = [_sources_hash(), torch.__version__, platform.python_implementation(), _processor(), *flags(library, native=True)]
+    parts = [_sources_hash(), torch.__version__, compiler() or "", _processor(), *flags(library, native=True)]
     if with_cuda():
         parts += [str(torch.version.cuda), architectures()]
     return Path(root) / f"{library}-{_short_hash(parts)}"
@@ -131,11 +131,11 @@ def _compile(library: str, place: Path, log: Path) -> None:
     scratch = place.with_suffix(".building")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())  # without it and without a GPU, torch stops with an IndexError
+    # Without a list and without a GPU, torch stops with an IndexError.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
+    cflags = flags(library, native=True)
     try:
-        cpp_extension.load(
-            library, sources(library), flags(library, native=True), ["-O3"], build_directory=str(scratch), is_python_module=False
-        )
+        cpp_extension.load(library, sources(library), cflags, build_directory=str(scratch), is_python_module=False)
     except (RuntimeError, OSError) as error:
         log.write_text(str(error))
         raise Unavailable(f"compiling failed, see {log}") from error
@@ -155,10 +155,11 @@ def _lock(path: Path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Unavailable(f"another process has held {path} for {LOCK_SECONDS} s; if none is building, delete it") from None
+                pass
+            if time.monotonic() > deadline:
+                raise Unavailable(f"another process has been compiling for {LOCK_SECONDS} s, holding {path}")
             if not waiting:
-                print(f"minivlm: waiting for another process that compiles the kernels ({path})", file=sys.stderr, flush=True)
+                print(f"minivlm: another process compiles the kernels, waiting for {path}", file=sys.stderr, flush=True)
             waiting = True
             time.sleep(0.1)
         yield

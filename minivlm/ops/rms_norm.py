@@ -8,7 +8,7 @@ from minivlm.ops import backend
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * x / sqrt(mean(x^2) + eps)`; the mean in float32, the cast back *before* the multiply, as Llama has it."""
+    """`weight * x / sqrt(mean(x^2) + eps)`: the mean in float32, the cast back *before* the multiply, as in Llama."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Unlike dtypes, as autocast makes them, are brought to the wider one first.
     """
     if x.shape[-1:] != weight.shape:
-        raise MinivlmError(f"rms_norm: x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight must be (last of x,)")
+        raise MinivlmError(f"rms_norm: x is {tuple(x.shape)}, weight {tuple(weight.shape)}; it must be (last of x,)")
     if x.dtype != weight.dtype:
         x, weight = _widest(x, weight)
     kernels = backend.kernels_for(x)
@@ -36,8 +36,8 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
     """Return `(rms_norm(residual + x), residual + x)`, both `(..., D)`: one pass over memory where two ops make two."""
     if residual.shape != x.shape or x.shape[-1:] != weight.shape:
         raise MinivlmError(
-            f"add_rms_norm: residual is {tuple(residual.shape)}, x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; "
-            "residual and x must be alike, weight (last of x,)"
+            f"add_rms_norm: residual is {tuple(residual.shape)}, x is {tuple(x.shape)}, weight {tuple(weight.shape)}; "
+            "the first two must be alike, the last (last of x,)"
         )
     if x.dtype != weight.dtype or residual.dtype != weight.dtype:
         residual, x, weight = _widest(residual, x, weight)
@@ -56,10 +56,10 @@ def _widest(*tensors: Tensor) -> list[Tensor]:
 
 @backend.on_load
 def _register(library: str) -> None:
-    """With n = x / rms(x): grad_x = (w * grad - n * mean(w * grad * n)) / rms(x), grad_w = the sum over rows of grad * n."""
+    """With n = x / rms(x): grad_x = (w * grad - n * mean(w * grad * n)) / rms(x), grad_w = sum(grad * n)."""
     ops = getattr(torch.ops, library)
 
-    def remember(ctx, inputs, output):
+    def remember(ctx, inputs, output):  # noqa: ARG001, torch passes them by name
         x, weight, ctx.eps = inputs
         ctx.save_for_backward(x, weight)
 
@@ -77,13 +77,12 @@ def _register(library: str) -> None:
         return grad_x, grad_x, grad_weight, None
 
     # What torch.compile sees of an op: shapes and dtypes. Results are contiguous whatever the arguments' strides.
-    torch.library.register_fake(f"{library}::rms_norm", lambda x, weight, eps: x.new_empty(x.shape))
+    torch.library.register_fake(f"{library}::rms_norm", lambda x, *_: x.new_empty(x.shape))
     torch.library.register_fake(
-        f"{library}::add_rms_norm", lambda residual, x, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape))
+        f"{library}::add_rms_norm", lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape))
     )
     torch.library.register_fake(
-        f"{library}::rms_norm_backward",
-        lambda grad, grad_total, x, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+        f"{library}::rms_norm_backward", lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.size(-1)))
     )
     torch.library.register_autograd(f"{library}::rms_norm", backward, setup_context=remember)
     torch.library.register_autograd(f"{library}::add_rms_norm", backward_of_add, setup_context=remember_total)

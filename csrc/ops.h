@@ -1,13 +1,11 @@
-// The ops as torch knows them. Their meaning stands in minivlm/ops/, one file per op, in five lines of torch each.
+// The ops as torch knows them: what bindings_cpu.cpp defines for the library `minivlm` and bindings_emulated.cpp for
+// `minivlm_emulated`. Their meaning stands in minivlm/ops/, one file per op, in five lines of torch each.
+#pragma once
 #include <torch/library.h>
 
-#ifndef MINIVLM_LIBRARY
-#define MINIVLM_LIBRARY minivlm
-#endif
+namespace minivlm {
 
-#define DEFINE(library, m) TORCH_LIBRARY(library, m)  // one more expansion, so that the name may come from the command line
-
-DEFINE(MINIVLM_LIBRARY, m) {
+inline void define_ops(torch::Library& m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor residual, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
@@ -19,3 +17,5 @@ DEFINE(MINIVLM_LIBRARY, m) {
       "patch_merge_backward(Tensor grad, Tensor x, Tensor grid_thw, int merge, Tensor weight, float eps) "
       "-> (Tensor, Tensor, Tensor)");
 }
+
+}  // namespace minivlm
