@@ -21,7 +21,8 @@ from PIL import Image
 from minivlm.errors import MinivlmError
 from minivlm.image_config import ImageConfig, Size
 
-MAX_RESIZED_PIXELS = 64_000_000  # pixels a resize may make: a 20000 x 1 picture at shortest edge 336 has 2.3 billion
+MAX_RESIZED_PIXELS = 64_000_000  # that a resize may make: a 20000 x 1 picture at shortest edge 336 has 2.3 billion
+MAX_SQUARE_PIXELS = 500_000_000  # that padding may make: 2 GB for a moment, for a side of 22,000
 
 
 def to_pixels(image: Image.Image, config: ImageConfig) -> torch.Tensor:
@@ -133,6 +134,8 @@ def _normalised_values(factor: float, mean: tuple, std: tuple) -> np.ndarray:
 def expand_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """The picture in the middle of a square of its longer side; an odd remainder's smaller half comes before."""
     side = max(image.size)
+    if side * side > MAX_SQUARE_PIXELS:
+        raise MinivlmError(f"a picture of {image.height} x {image.width} pixels is too long to pad: crop it first")
     return _centred(image, (side, side), colour)
 
 
@@ -171,6 +174,8 @@ def anyres_tiles(image: Image.Image, config: ImageConfig) -> torch.Tensor:
 def anyres_grid(image_size: tuple[int, int], pinpoints: Sequence[tuple[int, int]], tile: int) -> tuple[int, int]:
     """(rows, columns) of tiles that a picture is cut into."""
     height, width = select_best_resolution(image_size, pinpoints)
+    if height % tile or width % tile:
+        raise MinivlmError(f"image_grid_pinpoints: {height} x {width} pixels are not whole tiles of {tile}")
     return height // tile, width // tile
 
 

@@ -199,6 +199,11 @@ def test_resize_refuses_what_memory_cannot_hold():
         to_pixels(picture(3, 3), config.override({"size": {"shortest_edge": 3, "longest_edge": 9}}))
 
 
+def test_expand_to_square_refuses_what_memory_cannot_hold():
+    with pytest.raises(MinivlmError, match="1 x 25000 pixels is too long to pad"):
+        expand_to_square(picture(1, 25_000), (0, 0, 0))
+
+
 # ---- anyres: tiles
 
 
@@ -217,6 +222,14 @@ def test_anyres_tiles_equal_the_reference_of_llava_onevision(height, width):
     processor, config = onevision_pair()
     image = picture(height, width)
     assert torch.equal(anyres_tiles(image, config), their_pixels(processor, image))
+
+
+def test_to_pixels_with_do_pad_is_the_view_of_llava_onevision_among_several_pictures():
+    processor, config = onevision_pair()
+    pictures = [picture(30, 41), picture(90, 20)]
+    theirs = processor([pictures], return_tensors="pt")["pixel_values"]  # (I, 1, 3, 384, 384)
+    ours = [to_pixels(image, dataclasses.replace(config, do_pad=True)) for image in pictures]
+    assert torch.equal(torch.stack(ours)[:, None], theirs)
 
 
 SMALL = {"image_grid_pinpoints": [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]}
@@ -283,9 +296,15 @@ def test_anyres_pads_the_smaller_half_first_and_black():
 def test_grid_and_fitted_size_equal_the_reference(height, width, pinpoints):
     best = select_best_resolution((height, width), pinpoints)
     assert best == their_best_resolution((height, width), pinpoints)
-    assert anyres_grid((height, width), pinpoints, 336) == get_anyres_image_grid_shape((height, width), pinpoints, 336)
+    tile = pinpoints[0][0]
+    assert anyres_grid((height, width), pinpoints, tile) == get_anyres_image_grid_shape((height, width), pinpoints, tile)
     fitted = fitted_size((height, width), best)
     assert fitted[0] <= best[0] and fitted[1] <= best[1] and best[fitted[0] != best[0]] == fitted[fitted[0] != best[0]]
+
+
+def test_anyres_grid_refuses_pinpoints_that_are_no_whole_tiles():
+    with pytest.raises(MinivlmError, match="image_grid_pinpoints: 336 x 700"):
+        anyres_grid((5, 5), [(336, 700)], 336)
 
 
 def test_select_best_resolution_lets_the_first_win_a_tie():
