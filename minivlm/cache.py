@@ -8,9 +8,9 @@ class KVCache:
     """Keys and values of the tokens seen so far, in buffers that are allocated once and doubled when they are full.
 
     All rows have the same number of slots (`length`); shorter rows are padded on the left and hidden by `key_mask`.
-    `position_delta` turns a slot into a text position, per row: position = slot + delta. It is negative behind left padding and,
-    in M-RoPE, behind pictures, which take fewer positions than tokens. `memory` is for what a family keeps besides
-    (Mllama's cross-attention keys and values).
+    `position_delta` turns a slot into a text position, per row: position = slot + delta. It is negative behind left
+    padding and, in M-RoPE, behind pictures, which take fewer positions than tokens. `memory` is for what a family
+    keeps besides (Mllama's cross-attention keys and values).
     """
 
     def __init__(self, num_layers: int, capacity: int = 0):
@@ -67,8 +67,9 @@ class KVCache:
 def causal_mask(T: int, S: int, key_mask: Tensor | None, window: int | None, device) -> Tensor | None:
     """Who may look at whom: bool `(B or 1, 1, T, S)`, True where query i (slot S − T + i) may attend to slot j.
 
-    A query sees the slots up to its own, the last `window` of them if there is one, and no padding. A padding query sees itself
-    alone: a row without any key would be 0/0. None where plain causality says it all, so that no T × S tensor is made.
+    A query sees the slots up to its own, the last `window` of them if there is one, and no padding. A padding query
+    sees itself alone: a row without any key would be 0/0. None where plain causality says it all, so that no T × S
+    tensor is made.
     """
     if key_mask is None and (window is None or window >= S) and T in (1, S):
         return None

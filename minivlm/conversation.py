@@ -1,7 +1,7 @@
 """Messages → rows of token ids with their pictures and films; rows → one left-padded batch.
 
-This is the part of every processor that does not depend on the family. What does (how many tokens a picture becomes) stays with
-the family, which calls `read`, then `expand`, then `collate`.
+This is the part of every processor that does not depend on the family. What does (how many tokens a picture becomes)
+stays with the family, which calls `read`, then `expand`, then `collate`.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class Row:
     ids: list[int]
     is_answer: list[bool]  # which ids the assistant said, if that was asked for
     pictures: list = field(default_factory=list)  # PIL, RGB, upright; in the order of their placeholders
-    picture_options: list[dict] = field(default_factory=list)  # what else stood in the part: min_pixels, resized_height, …
+    picture_options: list[dict] = field(default_factory=list)  # what else stood in the part: min_pixels, …
     films: list = field(default_factory=list)  # as given: path, URL, frames
     film_options: list[dict] = field(default_factory=list)
 
@@ -41,7 +41,7 @@ def read(
     add_generation_prompt: bool = True,
     answers: bool = False,
 ) -> Row:
-    """Renders and tokenises one conversation and opens its pictures. `answers`: find out what the assistant said, too."""
+    """Renders and tokenises one conversation and opens its pictures. `answers`: also mark what the assistant said."""
     if isinstance(conversation, Prompt):
         ids = tokenizer.encode(conversation.text, add_bos=True)
         pictures = [open_image(image) for image in conversation.images]
@@ -61,7 +61,7 @@ def read(
 
 
 def split_media(messages: list[dict]) -> tuple[list[dict], list[tuple], list[tuple]]:
-    """Messages as people write them → messages of plain parts, and their pictures and films as (source, options) in order."""
+    """Messages as people write them → messages of plain parts; and pictures and films, in order, as (source, options)."""
     if not isinstance(messages, (list, tuple)) or not all(isinstance(m, dict) for m in messages):
         raise MinivlmError('messages must be a list such as [{"role": "user", "content": "..."}]')
     plain, images, videos = [], [], []
@@ -90,7 +90,7 @@ def as_parts(content: "str | list[dict]") -> list[dict]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
-        raise MinivlmError("a message's content must be a string or a list of parts such as {'type': 'text', 'text': ...}")
+        raise MinivlmError("a message's content must be a string or a list of parts: {'type': 'text', 'text': ...}")
     return list(content)
 
 
@@ -108,7 +108,8 @@ def source_of(part: dict, keys: tuple[str, ...]) -> tuple[object, dict]:
 def expand(row: Row, counts: dict[int, list[int]], names: dict[int, str]):
     """Repeats each placeholder id as often as its picture or film has tokens, in place.
 
-    `counts[placeholder id]` lists the token counts in order; `names` says what the placeholders stand for, for the error.
+    `counts[placeholder id]` lists the token counts in order; `names` says what the placeholders stand for, for the
+    error.
     """
     for token_id, wanted in counts.items():
         found = row.ids.count(token_id)

@@ -2,14 +2,13 @@
 
     tokens → embed_tokens → L × (x + attention(norm(x)); x + mlp(norm(x))) → norm → lm_head → logits
 
-What differs between them is in `DecoderConfig`: biases, grouped heads, a sliding window, the rotary scaling, a tied head.
-A family that needs another kind of layer (Mllama's cross-attention) puts its own class into `layers`: a layer is anything that
-is called as `layer(x, step)`.
+What differs between them is in `DecoderConfig`: biases, grouped heads, a sliding window, the rotary scaling, a tied
+head. A family that needs another kind of layer (Mllama's cross-attention) puts its own class into `layers`: a layer
+is anything that is called as `layer(x, step)`.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from minivlm import ops
@@ -193,10 +192,11 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Embeddings `(B, T, D)` of a whole prompt → logits `(B, T, V)` float32, or `(B, 1, V)` of the last token alone.
+        """Embeddings `(B, T, D)` of a whole prompt → logits `(B, T, V)` float32, or `(B, 1, V)` of the last token
+        alone.
 
-        `attention_mask (B, T)` is 0 on left padding. `positions` are `(B, T)`, by default each row's own count of real tokens,
-        or `(3, B, T)` for M-RoPE. `cache` must be fresh; it is filled, so that `decode` can go on.
+        `attention_mask (B, T)` is 0 on left padding. `positions` are `(B, T)`, by default each row's own count of
+        real tokens, or `(3, B, T)` for M-RoPE. `cache` must be fresh; it is filled, so that `decode` can go on.
         """
         T = x.shape[1]
         if positions is None:

@@ -32,7 +32,7 @@ class Inputs:
 
     pixel_values: Tensor | None = None  # (I, 3, height, width), or (P, ...) in Qwen2-VL
     image_sizes: Tensor | None = None  # (N, 2) int64, the pictures' own (height, width) in pixels
-    image_grids: Tensor | None = None  # (N, 2) int64, anyres: rows and columns of tiles (ours; theirs guess it from image_sizes)
+    image_grids: Tensor | None = None  # (N, 2) int64, anyres: rows and columns of tiles (not among transformers' names)
     image_grid_thw: Tensor | None = None  # (N, 3) int64, Qwen2-VL: frame pairs, rows, columns of patches
     pixel_values_images: Tensor | None = None  # (N, 3, height, width), Video-LLaVA's name for pictures
     pixel_values_videos: Tensor | None = None  # (I, 3, height, width), or (P, ...) in Qwen2-VL

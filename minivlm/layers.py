@@ -41,10 +41,10 @@ def activation(name: str):
 class Linear(nn.Module):
     """y = x Wᵀ + b, with a second, faster form of the same weight for bfloat16 inference on a CPU.
 
-    Decoding one token reads every weight once, so its speed is memory bandwidth, and the plain bf16 product reaches only
-    a third to a half of that. `pack()` rearranges the weight once into oneDNN's blocked layout, which serves one row (decode)
-    and many (prefill) alike. Readers need not care: the numbers are the same, `state_dict()` gives the plain weight back, and
-    moving the module to another device or dtype unpacks it.
+    Decoding one token reads every weight once, so its speed is memory bandwidth, and the plain bf16 product reaches
+    only a third to a half of that. `pack()` rearranges the weight once into oneDNN's blocked layout, which serves one
+    row (decode) and many (prefill) alike. Readers need not care: the numbers are the same, `state_dict()` gives the
+    plain weight back, and moving the module to another device or dtype unpacks it.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -170,8 +170,8 @@ class Projector(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q kᵀ / √K) v with grouped key/value heads: query head h reads key/value head h // (H / G).
 
-    `q (B, H, T, K)`, `k` and `v (B, G, S, K)`, `mask` bool, broadcastable to `(B, 1, T, S)`, True where a query may look.
-    Returns `(B, T, H * K)`.
+    `q (B, H, T, K)`, `k` and `v (B, G, S, K)`, `mask` bool, broadcastable to `(B, 1, T, S)`, True where a query may
+    look. Returns `(B, T, H * K)`.
     """
     B, H, T, K = q.shape
     G = k.shape[1]
@@ -180,7 +180,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
         out = F.scaled_dot_product_attention(q.reshape(B, G, H // G, K), k, v, mask)
         return out.reshape(B, 1, H * K)
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # Training on a CPU: the backward of a short bf16 attention takes several times as long as that of a float32 one.
+        # Training on a CPU: the backward of a short attention is several times slower in bfloat16 than in float32.
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), mask, causal)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=G < H)  # (B, H, T, K)

@@ -1,6 +1,7 @@
 """Rotary position embeddings (Su et al. 2021): how fast each pair of channels turns, under every published scaling.
 
-The rotation itself is `ops.apply_rope`. Layout: half-split, channel i turns with channel i + K/2, as in every checkpoint here.
+The rotation itself is `ops.apply_rope`. Layout: half-split, channel i turns with channel i + K/2, as in every
+checkpoint here.
 """
 
 import math
@@ -14,7 +15,7 @@ from minivlm.errors import MinivlmError
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """`rope_theta` and `rope_scaling` of a config.json. `scaling` holds the numbers of its kind, as they stand in the file."""
+    """`rope_theta` and `rope_scaling` of a config.json; `scaling` holds the numbers of its kind as the file has them."""
 
     head_dim: int
     theta: float
@@ -27,8 +28,8 @@ class RopeConfig:
     def from_hf(cls, config: dict, head_dim: int) -> "RopeConfig":
         """Reads both spellings: `rope_theta` + `rope_scaling` (hub files) and `rope_parameters` (transformers v5).
 
-        The kind stands under `rope_type` or `type`. "mrope" and v5's "default" with a `mrope_section` are the same thing, so what
-        decides is the section.
+        The kind stands under `rope_type` or `type`. "mrope" and v5's "default" with a `mrope_section` are the same
+        thing, so what decides is the section.
         """
         scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = scaling.pop("rope_theta", config["rope_theta"])
@@ -42,25 +43,32 @@ class RopeConfig:
         if kind not in KINDS:
             raise MinivlmError(f"config.json asks for rope_scaling {kind!r}; known here: {', '.join(KINDS)}")
         if sections is not None and sum(sections) * 2 != head_dim:
-            raise MinivlmError(f"mrope_section {sections} adds up to {sum(sections)}, not to half of the head width {head_dim}")
+            raise MinivlmError(f"mrope_section {sections} must add up to half the head width, {head_dim // 2}")
         # Newer files repeat this number beside the scaling, older ones only inside it.
         if "original_max_position_embeddings" in config:
             scaling.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
-        return cls(head_dim, float(theta), config["max_position_embeddings"], kind, scaling, sections and tuple(sections))
+        sections = sections and tuple(sections)
+        return cls(head_dim, float(theta), config["max_position_embeddings"], kind, scaling, sections)
 
     def __hash__(self):
         return hash((self.head_dim, self.theta, self.kind, str(self.scaling)))
 
 
 def rope_frequencies(config: RopeConfig, length: int) -> tuple[Tensor, float]:
-    """Radians per position of each channel pair, `(K / 2,)` float32, and the factor on the rotated vectors (yarn, longrope).
+    """Radians per position of each channel pair, `(K / 2,)` float32, and the factor on the rotated vectors (yarn,
+    longrope).
 
-    `length` is the number of positions in use; only "dynamic" and "longrope" depend on it, and only beyond the original length.
+    `length` is the number of positions in use; only "dynamic" and "longrope" depend on it, and only beyond the
+    original length.
     """
     return KINDS[config.kind](config, length)
 
 
-def _default(config: RopeConfig, length: int, theta: float | None = None) -> tuple[Tensor, float]:
+def _default(
+    config: RopeConfig,
+    length: int,  # noqa: ARG001  every kind is called alike
+    theta: float | None = None,
+) -> tuple[Tensor, float]:
     """θ^(−2i/K): the first pair turns one radian per position, the last about θ times slower."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     return 1.0 / ((theta or config.theta) ** exponents), 1.0
@@ -89,7 +97,7 @@ def _llama3(config: RopeConfig, length: int) -> tuple[Tensor, float]:
 
 
 def _yarn(config: RopeConfig, length: int) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023, §3.2): interpolate slow pairs, keep fast ones, and sharpen attention by √(1/t) = 0.1 ln s + 1."""
+    """YaRN (Peng et al. 2023, §3.2): slow pairs interpolated, fast ones kept; attention sharper by 0.1 ln s + 1."""
     s, K = config.scaling, config.head_dim
     original = s.get("original_max_position_embeddings") or config.max_position
     factor = s.get("factor") or config.max_position / original
@@ -103,7 +111,7 @@ def _yarn(config: RopeConfig, length: int) -> tuple[Tensor, float]:
     elif scale is None:
         scale = sharpening(1.0)
 
-    def pair_with(num_turns: float) -> float:  # the (fractional) pair that makes this many turns in the original context
+    def pair_with(num_turns: float) -> float:  # the (fractional) pair that turns this often in the original context
         return K * math.log(original / (num_turns * 2 * math.pi)) / (2 * math.log(config.theta))
 
     low, high = pair_with(s.get("beta_fast") or 32), pair_with(s.get("beta_slow") or 1)
@@ -116,7 +124,7 @@ def _yarn(config: RopeConfig, length: int) -> tuple[Tensor, float]:
 
 
 def _longrope(config: RopeConfig, length: int) -> tuple[Tensor, float]:
-    """LongRoPE (Ding et al. 2024): a searched factor per pair, one list within the original length and one beyond it."""
+    """LongRoPE (Ding et al. 2024): a searched factor per pair, one list within the original length, one beyond it."""
     s = config.scaling
     original = s.get("original_max_position_embeddings") or config.max_position
     per_pair = torch.tensor(s["long_factor"] if length > original else s["short_factor"], dtype=torch.float32)

@@ -2,19 +2,18 @@
 
     python -m minivlm.train --ckpt DIR --data talks.jsonl --out DIR [--steps 1000] [--learning-rate 1e-4]
 
-Each line of the data is `{"messages": [...]}` as in the README; pictures may be paths relative to the file. The loss is the next
-token's, on assistant answers alone. Everything is resumable: call it again after an interruption and it goes on where it was.
+Each line of the data is `{"messages": [...]}` as in the README; pictures may be paths relative to the file. The loss
+is the next token's, on assistant answers alone. Everything is resumable: call it again after an interruption and it
+goes on where it was.
 
-The parts (`initialise`, `fit`, `next_token_loss`) are also what trains the demo models (`demo/train.py`). What is not here: several
-machines, mixed precision beyond bfloat16 autocast, parameter-efficient tuning.
+The parts (`initialise`, `fit`, `next_token_loss`) also train the demo models (`demo/train.py`). What is not here:
+several machines, mixed precision beyond bfloat16 autocast, parameter-efficient tuning.
 """
 
 import argparse
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from minivlm.errors import MinivlmError
 from minivlm.inputs import Inputs
+from minivlm.vlm import VLM, load
 
 SAVE_EVERY = 200  # steps between saves of the training state
 WARMUP = 0.03  # share of the steps over which the learning rate rises
@@ -35,7 +35,8 @@ FLOOR = 0.02  # share of the peak that the learning rate ends at
 def initialise(model: nn.Module, seed: int = 0):
     """Fresh weights: matrices normal with deviation 1/√(fan in), vectors that scale 1, everything else 0.
 
-    Matrices that write into the residual stream are scaled down by 1/√(2L), so that its variance does not grow with depth (GPT-2).
+    Matrices that write into the residual stream are scaled down by 1/√(2L), so that its variance does not grow with
+    depth (GPT-2).
     """
     generator = torch.Generator().manual_seed(seed)
     depth = max(1, sum(name.endswith(("o_proj.weight", "out_proj.weight")) for name, _ in model.named_parameters()))
@@ -83,7 +84,8 @@ def fit(
 ):
     """AdamW over `batches` (item i is the batch of step i), from wherever `state_file` says an earlier call stopped.
 
-    `loss(batch)` returns a scalar. The state (weights, moments, step) is saved every `SAVE_EVERY` steps and at the end, atomically.
+    `loss(batch)` returns a scalar. The state (weights, moments, step) is saved every `SAVE_EVERY` steps and at the
+    end, atomically.
     """
     num_steps = len(batches)
     matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
@@ -126,3 +128,87 @@ def fit(
     if start < num_steps:
         save(num_steps)
     module.eval()
+
+
+class Conversations(Dataset):
+    """Batch i of a JSONL file's conversations, in an order that is drawn anew, from its seed, every time round."""
+
+    def __init__(self, vlm: VLM, file: Path, num_batches: int, batch_size: int, seed: int = 0):
+        self.vlm, self.num_batches, self.batch_size, self.seed = vlm, num_batches, batch_size, seed
+        self.talks = read_conversations(file)
+
+    def __len__(self):
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> Inputs:
+        size = len(self.talks)
+        numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
+        chosen = [self.talks[self.order(n // size)[n % size]] for n in numbers]
+        return self.vlm.preprocess(chosen, labels=True)
+
+    def order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.talks), generator=generator).tolist()
+
+
+def read_conversations(file: Path) -> list[list[dict]]:
+    """The `messages` of every line; paths of pictures and films are taken relative to the file."""
+    if not file.is_file():
+        raise MinivlmError(f"{file} is not there; --data wants a JSONL file of conversations")
+    talks = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            messages = json.loads(line)["messages"]
+            answered = any(message["role"] == "assistant" for message in messages)
+        except (ValueError, KeyError, TypeError) as error:
+            raise MinivlmError(f'{file}, line {number} is not {{"messages": [...]}} ({error!r})') from error
+        if not answered:
+            raise MinivlmError(f"{file}, line {number} holds no answer of the assistant to learn from")
+        talks.append([{**message, "content": _relative_to(file.parent, message["content"])} for message in messages])
+    if not talks:
+        raise MinivlmError(f"{file} holds no conversation")
+    return talks
+
+
+def _relative_to(folder: Path, content: "str | list[dict]") -> "str | list[dict]":
+    if isinstance(content, str):
+        return content
+
+    def resolve(key: str, value):
+        if key not in ("image", "video") or not isinstance(value, str) or value.startswith(("data:", "http", "file:")):
+            return value
+        return str(folder / value)
+
+    return [{key: resolve(key, value) for key, value in part.items()} for part in content]
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        prog="python -m minivlm.train",
+        description="Trains a checkpoint further on your own conversations. Interrupted, the same command goes on.",
+    )
+    parser.add_argument("--ckpt", required=True, help="where to start: alias, hub id or folder")
+    parser.add_argument("--data", type=Path, required=True, help='JSONL file, {"messages": [...]} per line')
+    parser.add_argument("--out", type=Path, required=True, help="folder for the new checkpoint")
+    parser.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=8, help="conversations per step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak (default: %(default)s)")
+    parser.add_argument("--freeze", action="append", default=[], metavar="PART", help="keep as it is, say vision_tower")
+    parser.add_argument("--device", default="auto", help="default: %(default)s")
+    args = parser.parse_args(argv)
+
+    vlm = load(args.ckpt, device=args.device, dtype="float32")
+    for name, parameter in vlm.model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(args.freeze)))
+    batches = Conversations(vlm, args.data, args.steps, args.batch_size)
+    args.out.mkdir(parents=True, exist_ok=True)
+    state = args.out / "training.pt"
+    fit(vlm.model, batches, lambda batch: next_token_loss(vlm.model, batch), args.learning_rate, state, workers=0)
+    vlm.save(args.out)
+    state.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,10 @@
 
     pixels → patches × projection + positions → L × (x + attention(norm(x)); x + mlp(norm(x))) → hidden states
 
-CLIP puts a class token in front and a norm before the first layer; SigLIP has neither, and a bias on its patches. A VLM wants
-patch features and not the pooled vector that these towers were trained for, so it reads hidden states: usually those *before* the
-last layer (`vision_feature_layer` −2), which is why the layers behind the last one asked for are never run.
+CLIP puts a class token in front and a norm before the first layer; SigLIP has neither, and a bias on its patches. A
+VLM wants patch features and not the pooled vector that these towers were trained for, so it reads hidden states:
+usually those *before* the last layer (`vision_feature_layer` −2), which is why the layers behind the last one asked
+for are never run.
 """
 
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_layers)])
 
     def forward(self, x: Tensor, wanted: list[int]) -> list[Tensor]:
-        """State 0 is what enters the first layer, state i what leaves layer i. Runs no layer behind the last one wanted."""
+        """State 0 enters the first layer, state i leaves layer i. No layer behind the last one wanted runs."""
         states = {0: x}
         for i, layer in enumerate(self.layers[: max(wanted)], start=1):
             states[i] = x = layer(x)  # (I, N, D)
@@ -172,8 +173,9 @@ class ViT(nn.Module):
     def forward(self, pixels: Tensor, feature_layers: tuple[int, ...], drop_class_token: bool) -> Tensor:
         """Pixels `(I, 3, height, width)` → features `(I, N, D · number of feature layers)`.
 
-        `feature_layers` index the L + 1 hidden states as Python does (−1: the last layer's output, −2: the one before); several are
-        concatenated along the channels. `drop_class_token` is the strategy "default" of the configs, its opposite is "full".
+        `feature_layers` index the L + 1 hidden states as Python does (−1: the last layer's output, −2: the one
+        before); several are concatenated along the channels. `drop_class_token` is the strategy "default" of the
+        configs, its opposite is "full".
         """
         num_states = self.config.num_layers + 1
         wanted = [i % num_states for i in feature_layers]

@@ -43,9 +43,10 @@ def load(
 ) -> "VLM":
     """Opens a checkpoint: an alias (`llava-v1.6`), a hub id, or a folder laid out as on the hub.
 
-    `device` "auto" is the GPU if there is one. `dtype` "auto" is the checkpoint's; on a CPU float16, which CPUs hardly compute in,
-    becomes bfloat16 where the processor has it and float32 elsewhere. `vision=False` never reads the vision weights: text only.
-    `weights=False` reads no weights at all (a dry run): the model stays on the meta device and can only be asked for shapes.
+    `device` "auto" is the GPU if there is one. `dtype` "auto" is the checkpoint's; on a CPU float16, which CPUs
+    hardly compute in, becomes bfloat16 where the processor has it and float32 elsewhere. `vision=False` never reads
+    the vision weights: text only. `weights=False` reads no weights at all (a dry run): the model stays on the meta
+    device and can only be asked for shapes.
     """
     folder = resolve(name, revision, offline, weights=weights)
     config = read_config(folder)
@@ -111,9 +112,9 @@ def stop_ids(folder: Path, config: dict, tokenizer) -> tuple[int, ...]:
 class VLM:
     """A loaded checkpoint. `model` is the torch module, `processor` makes its inputs; both can be used alone.
 
-    `**sampling` of the methods below is what `Sampling` takes: max_new_tokens=256, temperature=0.0 (greedy), top_p, top_k, min_p,
-    repetition_penalty, num_beams, stop, seed. `template_kwargs` go to the chat template, `images_kwargs` override the checkpoint's
-    image settings.
+    `**sampling` of the methods below is what `Sampling` takes: max_new_tokens=256, temperature=0.0 (greedy), top_p,
+    top_k, min_p, repetition_penalty, num_beams, stop, seed. `template_kwargs` go to the chat template,
+    `images_kwargs` override the checkpoint's image settings.
     """
 
     def __init__(self, model, processor, eos_ids: tuple[int, ...], device: torch.device, keys: dict, folder: Path):
@@ -133,7 +134,8 @@ class VLM:
     ) -> Inputs:
         """A batch of conversations → `Inputs` on the model's device, left-padded.
 
-        With `labels`, nothing is generated: the conversations hold answers, and `inputs.labels` is −100 everywhere but on them.
+        With `labels`, nothing is generated: the conversations hold answers, and `inputs.labels` is −100 everywhere
+        but on them.
         """
         inputs = self.processor(conversations, template_kwargs, images_kwargs, labels, add_generation_prompt=not labels)
         return inputs.to(self.device, self.dtype)
@@ -145,7 +147,7 @@ class VLM:
         images_kwargs: dict | None = None,
         **sampling,
     ) -> "Result | list[Result]":
-        """The answer to a conversation; for a list of conversations the list of their answers, each as if asked alone."""
+        """The answer to a conversation; for a list of conversations, the list of their answers, each as if alone."""
         one = isinstance(messages, Prompt) or (len(messages) > 0 and isinstance(messages[0], dict))
         begun = time.perf_counter()
         settings = Sampling(**sampling)
@@ -181,7 +183,7 @@ class VLM:
             parts = [{"type": "image", "image": image} for image in images]
             message = [{"role": "user", "content": [*parts, {"type": "text", "text": message}]}]
         elif images:
-            raise MinivlmError("pictures go into the messages where messages are given; images= is for a plain question")
+            raise MinivlmError("put pictures into the messages where messages are given; images= is for a question")
         return self.generate(message, **sampling).text
 
     def save(self, folder: "str | Path"):
@@ -189,9 +191,9 @@ class VLM:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.folder.iterdir():
-            if file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json"):
-                if not (folder / file.name).exists() or not file.samefile(folder / file.name):
-                    shutil.copy(file, folder / file.name)
+            is_setting = file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json")
+            if is_setting and file.resolve() != (folder / file.name).resolve():
+                shutil.copy(file, folder / file.name)
         save_weights(self.model, folder, self.keys)
 
 

@@ -2,9 +2,10 @@
 
     python -m minivlm.demo.train --out minivlm/demo/llava_next
 
-Two stages, the order that the published models follow, too. First the tower learns to see (CLIP did, before LLaVA was built on it):
-each patch must name what is in it. Then everything is trained together on conversations. From scratch and all at once, the language
-model learns to answer from the question alone and stays blind. Interrupt it when you like; the same command goes on.
+Two stages, the order that the published models follow, too. First the tower learns to see (CLIP did, before LLaVA was
+built on it): each patch must name what is in it. Then everything is trained together on conversations. From scratch
+and all at once, the language model learns to answer from the question alone and stays blind. Interrupt it when you
+like; the same command goes on.
 """
 
 import argparse
@@ -42,7 +43,8 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Capitals that are not the beginning of a word are read letter by letter, digits one by one; a word takes its space along.
+# Capitals that are not the beginning of a word are read letter by letter, digits one by one; a word takes its space
+# along.
 SPLIT = r" ?\p{Lu}(?!\p{Ll})|\p{N}| ?\p{L}+|[^\p{L}\p{N}]"
 
 CONFIG = {
@@ -138,7 +140,8 @@ class Talks(Dataset):
     """Batch i: conversations about scenes that no other batch has, as `Inputs` with labels."""
 
     def __init__(self, processor, num_batches: int, batch_size: int, first_seed: int):
-        self.processor, self.num_batches, self.batch_size, self.first_seed = processor, num_batches, batch_size, first_seed
+        self.processor = processor
+        self.num_batches, self.batch_size, self.first_seed = num_batches, batch_size, first_seed
 
     def __len__(self):
         return self.num_batches
@@ -156,7 +159,7 @@ class Talks(Dataset):
 
 
 class Patches(Dataset):
-    """Batch i: the tiles of pictures, and which classes cover at least a tenth of each patch: `(I, 3, h, w)`, `(I, P, classes)`."""
+    """Batch i: tiles `(I, 3, height, width)`, and the classes that cover a tenth of each patch, `(I, P, classes)`."""
 
     def __init__(self, images: ImageConfig, num_batches: int, batch_size: int):
         self.images, self.num_batches, self.batch_size = images, num_batches, batch_size

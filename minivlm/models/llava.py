@@ -1,11 +1,13 @@
 """LLaVA-1.5 (Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning", arXiv:2310.03744).
 
-The whole idea in one line: the patch features of a CLIP tower, sent through a two-layer MLP, are *words* to the language model.
+The whole idea in one line: the patch features of a CLIP tower, sent through a two-layer MLP, are *words* to the
+language model.
 
     picture → CLIP, second-last layer → (576, 1024) → projector → (576, 4096) ┐
     "USER: <image>\\nWhat is this? ASSISTANT:" → token embeddings ────────────┴→ decoder → answer
 
-Sections: configuration, the model, the processor. This is the first model to read; every later file opens with what it changes.
+Sections: configuration, the model, the processor. This is the first model to read; every later file opens with what
+it changes.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ from minivlm.layers import Projector, activation
 from minivlm.text import ChatTemplate, Tokenizer
 from minivlm.vit import ViT, ViTConfig, num_features
 
-# Parameter prefixes here → their spellings in checkpoints, the hub's published one first (checkpoints.md, layouts A, B, C).
+# Parameter prefixes here → their spellings in checkpoints, the hub's published one first (checkpoints.md, layouts A,
+# B, C).
 KEYS = {
     "language_model": ("language_model.model", "model.language_model"),
     "language_model.lm_head": ("language_model.lm_head", "lm_head"),
@@ -176,7 +179,10 @@ class Processor:
         add_generation_prompt: bool = True,
     ) -> Inputs:
         images = self.images.override(images_kwargs or {})
-        rows = [read(c, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels) for c in conversations]
+        rows = [
+            read(conversation, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels)
+            for conversation in conversations
+        ]
         image_id = self.config.image_token_id
         for row in rows:
             counts = [num_image_tokens(self.config)] * len(row.pictures)

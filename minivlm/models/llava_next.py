@@ -1,7 +1,8 @@
 """LLaVA-NeXT, also called LLaVA-1.6 (Liu et al. 2024, https://llava-vl.github.io/blog/2024-01-30-llava-next).
 
-LLaVA-1.5 reads every picture at 336 × 336: small writing is gone before the model sees it. NeXT adds *anyres*: the picture is also
-cut into tiles at full resolution, each tile goes through the same tower, and the language model reads the overview and the tiles.
+LLaVA-1.5 reads every picture at 336 × 336: small writing is gone before the model sees it. NeXT adds *anyres*: the
+picture is also cut into tiles at full resolution, each tile goes through the same tower, and the language model reads
+the overview and the tiles.
 
 | | LLaVA-1.5 (`llava.py`) | LLaVA-NeXT |
 |---|---|---|
@@ -54,13 +55,13 @@ TEMPLATE = (
 @dataclass(frozen=True)
 class LlavaNextConfig:
     llava: LlavaConfig
-    pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels that a picture may be fitted into, multiples of the tile
+    pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels that a picture may be fitted into
 
     @classmethod
     def from_hf(cls, config: dict) -> "LlavaNextConfig":
         base = LlavaConfig.from_hf(config)
         if base.vision.class_token and not base.drop_class_token:
-            raise MinivlmError("config.json: LLaVA-NeXT lays patches out as a picture; a class token (strategy full) has no place")
+            raise MinivlmError("config.json: vision_feature_select_strategy must be default where the tower has a class token")
         default = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # transformers' LlavaNextConfig
         return cls(base, tuple(tuple(p) for p in config.get("image_grid_pinpoints") or default))
 
@@ -82,7 +83,7 @@ class Model(nn.Module):
         return cls(LlavaNextConfig.from_hf(config))
 
     def encode_images(self, inputs: Inputs) -> Tensor:
-        """`pixel_values (I, 3, height, width)`, the tiles of all pictures behind one another → image tokens `(N, D)`."""
+        """`pixel_values (I, 3, height, width)`, the tiles of one picture after another → image tokens `(N, D)`."""
         c = self.config.llava
         features = self.vision_tower(inputs.pixel_values, c.feature_layers, c.drop_class_token)  # (I, P, channels)
         tiles = self.multi_modal_projector(features)  # (I, P, D)
@@ -117,9 +118,9 @@ class Model(nn.Module):
 def arrange(tiles: Tensor, grid: tuple[int, int], size: tuple[int, int], newline: Tensor) -> Tensor:
     """The tokens of one picture: the overview, then the tiles read line by line as if they were one picture.
 
-    `tiles (1 + rows · columns, P, D)`, `grid` (rows, columns) of tiles, `size` the picture's own (height, width) in pixels.
-    The seams between tiles disappear, padding is cut off, and every row of patches ends with `newline (D,)`, so that the language
-    model can tell where a line ends, whatever the width. Returns `(num_image_tokens, D)`.
+    `tiles (1 + rows · columns, P, D)`, `grid` (rows, columns) of tiles, `size` the picture's own (height, width) in
+    pixels. The seams between tiles disappear, padding is cut off, and every row of patches ends with `newline (D,)`,
+    so that the language model can tell where a line ends, whatever the width. Returns `(num_image_tokens, D)`.
     """
     overview, tiles = tiles[0], tiles[1:]
     (rows, columns), D = grid, tiles.shape[-1]
@@ -135,7 +136,7 @@ def arrange(tiles: Tensor, grid: tuple[int, int], size: tuple[int, int], newline
 
 
 def num_image_tokens(config: LlavaNextConfig, size: tuple[int, int], grid: tuple[int, int]) -> int:
-    """Tokens of a picture of `size` (height, width) pixels cut into `grid` (rows, columns) tiles: what `arrange` returns."""
+    """Tokens of a picture of `size` (height, width) cut into `grid` (rows, columns) tiles: what `arrange` returns."""
     side = config.llava.vision.grid_side
     _, _, h, w = unpadded_grid(size, (grid[0] * side, grid[1] * side))
     return side * side + h * (w + 1)
@@ -167,7 +168,10 @@ class Processor:
         add_generation_prompt: bool = True,
     ) -> Inputs:
         images = self.images.override(images_kwargs or {})
-        rows = [read(c, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels) for c in conversations]
+        rows = [
+            read(conversation, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels)
+            for conversation in conversations
+        ]
         image_id = self.config.llava.image_token_id
         grids = []
         for row in rows:
