@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.image_processing_utils import get_patch_output_size
 from transformers.image_processing_utils import select_best_resolution as their_best_resolution
+from transformers.image_utils import ChannelDimension
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -294,12 +296,12 @@ def test_anyres_pads_the_smaller_half_first_and_black():
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([NEXT_PINPOINTS, ONEVISION_PINPOINTS]))
 def test_grid_and_fitted_size_equal_the_reference(height, width, pinpoints):
-    best = select_best_resolution((height, width), pinpoints)
-    assert best == their_best_resolution((height, width), pinpoints)
-    tile = pinpoints[0][0]
-    assert anyres_grid((height, width), pinpoints, tile) == get_anyres_image_grid_shape((height, width), pinpoints, tile)
-    fitted = fitted_size((height, width), best)
-    assert fitted[0] <= best[0] and fitted[1] <= best[1] and best[fitted[0] != best[0]] == fitted[fitted[0] != best[0]]
+    size, tile = (height, width), pinpoints[0][0]
+    best = select_best_resolution(size, pinpoints)
+    assert best == their_best_resolution(size, pinpoints)
+    assert anyres_grid(size, pinpoints, tile) == get_anyres_image_grid_shape(size, pinpoints, tile)
+    fitted = fitted_size(size, best)
+    assert fitted == get_patch_output_size(np.empty((3, *size)), best, ChannelDimension.FIRST)
 
 
 def test_anyres_grid_refuses_pinpoints_that_are_no_whole_tiles():
