@@ -19,6 +19,7 @@ import json
 import math
 import mmap
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -35,11 +36,15 @@ from minivlm.errors import MinivlmError
 
 Keys = Mapping[str, tuple[str, ...]]
 
-# safetensors' dtype names. Integers and 8-bit floats are quantised weights, which mean nothing without their scales.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOATS | {                                 # by the names in files; all but FLOATS are tables or quantised
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 STALE = (".rotary_emb.inv_freq", ".position_ids")   # tables that old releases stored; computed here
 SHARD_BYTES = 5_000_000_000                         # largest file save_weights writes, as transformers' default was
 PROGRESS_BYTES = 1_000_000_000                      # checkpoints from this size on show a progress bar
+SAVED = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 UNQUANTISED = "use the checkpoint that it was quantised from"
 NAMED = 5                                           # offending tensors an error spells out before it only counts
 
@@ -60,7 +65,7 @@ def read_config(folder: Path | str) -> dict:
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "quantised") if isinstance(quantised, dict) else "quantised"
-        raise MinivlmError(f"{folder} holds {method} weights, which minivlm cannot read: {UNQUANTISED}")
+        raise MinivlmError(f"{folder} holds {_some([str(method)])} weights, which minivlm cannot read: {UNQUANTISED}")
     return config
 
 
@@ -145,7 +150,8 @@ def stored_dtype(folder: Path | str) -> torch.dtype:
     """The dtype of most bytes in the checkpoint, which config.json does not always tell: where dtype="auto" starts."""
     sizes: dict[torch.dtype, int] = {}
     for stored in read_headers(folder).values():
-        sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.num_bytes
+        if stored.dtype in FLOATS.values():
+            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.num_bytes
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
@@ -166,7 +172,7 @@ def _read_safetensors(file: Path) -> dict[str, Stored]:
 
 def _parse_entry(file: Path, name: str, entry: dict, data: mmap.mmap, body: int) -> Stored:
     if entry["dtype"] not in DTYPES:
-        raise MinivlmError(f"{file}: {name} is stored as {entry['dtype']}: {UNQUANTISED}")
+        raise MinivlmError(f"{file}: {_some([name])} is stored as {_some([entry['dtype']])}: {UNQUANTISED}")
     start, end = entry["data_offsets"]
     stored = Stored(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], data, body + start)
     numbers = (start, end, *stored.shape)
@@ -186,9 +192,6 @@ def _read_bin(file: Path) -> dict[str, Stored]:
     if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
                                                 for name, tensor in tensors.items()):
         raise MinivlmError(f"{file} is not a table of tensors: minivlm reads checkpoints as transformers saves them")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
-            raise MinivlmError(f"{file}: {name} is stored as {tensor.dtype}: {UNQUANTISED}")
     return {name: Stored(file, tuple(tensor.shape), tensor.dtype, tensor.detach()) for name, tensor in tensors.items()}
 
 
@@ -259,6 +262,8 @@ def _find(folder: Path, keys: Keys, wanted: Mapping[str, torch.Tensor],
         ours = next((_swap(name, spelling, ours) for spelling, ours in spellings if _starts(name, spelling)), None)
         if name.endswith(STALE) or _matches(name if ours is None else ours, skip):
             continue
+        if stored.dtype not in FLOATS.values():
+            raise MinivlmError(f"{stored.file}: {_some([name])} is stored as {stored.dtype}: {UNQUANTISED}")
         if ours not in wanted:
             faults["unexpected"].append(name)
         elif ours in found:
@@ -272,7 +277,7 @@ def _find(folder: Path, keys: Keys, wanted: Mapping[str, torch.Tensor],
             faults["misshapen"].append(f"{spelled[ours]} {list(found[ours].shape)}, not {list(old.shape)}")
     if any(faults.values()):
         told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in faults.items() if names)
-        raise MinivlmError(f"the weights in {folder} do not fit its config.json ({told}): download both anew, together")
+        raise MinivlmError(f"the weights in {folder} do not fit its config.json ({told}): are both of one download?")
     return found, spelled
 
 
@@ -308,8 +313,8 @@ def save_weights(model: nn.Module, folder: Path | str, keys: Keys, shard_bytes: 
             files = ["model.safetensors"]
         for i, file in enumerate(files):
             os.replace(folder / f"model-{i}.part", folder / file)
-        for old in folder.glob("model*.safetensors*"):     # what an earlier save with another number of shards left
-            if old.name not in files:
+        for old in folder.iterdir():                       # what an earlier save with another number of shards left
+            if old.name not in files and SAVED.fullmatch(old.name):
                 old.unlink()
     except (OSError, SafetensorError) as error:
         raise MinivlmError(f"could not save to {folder} ({_one_line(error)}): is there room on the disk?") from error

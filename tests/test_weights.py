@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -243,8 +244,9 @@ def test_load_refuses_to_leave_a_meta_tensor(tmp_path):
 
 def test_load_ignores_stale_tables(tmp_path):
     stale = ("language_model.model.layers.0.rotary_emb.inv_freq", "vision_tower.vision_model.position_ids")
-    write(tmp_path, changes={name: torch.ones(2) for name in stale})
+    write(tmp_path, changes={stale[0]: torch.ones(2), stale[1]: torch.arange(5)})      # int64, and yet not quantised
     check_equal(load(tmp_path)[0], tensors())
+    assert stored_dtype(tmp_path) == torch.float32
 
 
 @pytest.mark.parametrize("skip", ["tower", "tower.patch.weight", "tower.*", "*.patch.weight"])
@@ -406,20 +408,27 @@ def test_error_truncated_bin(tmp_path):
     assert f"{file.name} is damaged" in refusal(load, tmp_path)
 
 
-@given(st.floats(0, 1, exclude_max=True), st.integers(0, 255), st.sampled_from(["shard", "index", "config"]))
-def test_mutated_files_load_or_are_refused(tmp_path_factory, position, byte, name):
-    folder = tmp_path_factory.mktemp("mutated")
-    shard = write_shards(folder)[0]
-    (folder / "config.json").write_text('{"model_type": "llava", "quantization_config": null, "x": [1, 2.5, "é"]}')
-    file = folder / {"shard": shard, "index": "model.safetensors.index.json", "config": "config.json"}[name]
-    data = bytearray(file.read_bytes())
-    data[int(position * len(data))] = byte
-    file.write_bytes(data)
-    try:
-        read_config(folder)
-        load(folder)
-    except MinivlmError as error:
-        assert "\n" not in str(error)
+@given(
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=3),
+    st.sampled_from(["safetensors", "bin"]),
+    st.sampled_from(["shard", "index", "config"]),
+)
+def test_mutated_files_load_or_are_refused(mutations, kind, what):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shard = write_shards(folder, kind)[0]
+        (folder / "config.json").write_text('{"model_type": "llava", "quantization_config": null, "x": [1, 2.5, "é"]}')
+        index = shard.partition("-")[0] + f".{kind}.index.json"
+        file = folder / {"shard": shard, "index": index, "config": "config.json"}[what]
+        data = bytearray(file.read_bytes())
+        for position, byte in mutations:
+            data[int(position * len(data))] = byte
+        file.write_bytes(data)
+        try:
+            read_config(folder)
+            load(folder)
+        except MinivlmError as error:
+            assert "\n" not in str(error)
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
@@ -553,8 +562,9 @@ def test_save_shards(tmp_path):
         assert all(index["weight_map"][name] == file for name in shard)
     check_equal(load(out)[0], tensors())
 
+    (out / "model-of-mine.safetensors").touch()
     save_weights(model, out, KEYS)                      # one file again, and no shards of old beside it
-    assert os.listdir(out) == ["model.safetensors"]
+    assert sorted(os.listdir(out)) == ["model-of-mine.safetensors", "model.safetensors"]
 
 
 def test_save_that_fails_keeps_the_old_checkpoint(tmp_path, monkeypatch):
