@@ -64,6 +64,8 @@ class Tokenizer:
             config["added_tokens_decoder"] = {index: {"content": token} for token, index in listed.items()}
         if (folder / "tokenizer.json").is_file():
             path = folder / "tokenizer.json"
+            flags = ("add_bos_token", "add_eos_token")  # transformers, too, passes over them where there is this file
+            config = {key: value for key, value in config.items() if key not in flags}
             try:
                 backend = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:  # the library raises nothing more precise
@@ -99,8 +101,8 @@ class Tokenizer:
                 )
 
     def _framing(self, config: dict) -> tuple[list[int], list[int]]:
-        """Ids before and after a text: by add_bos_token and add_eos_token where they stand, else by tokenizer.json."""
-        if "add_bos_token" in config or "add_eos_token" in config:
+        """Ids before and after a text: by tokenizer.json's own rule, else by add_bos_token and add_eos_token."""
+        if self.backend.post_processor is None:
             return (
                 [self.bos_id] if config.get("add_bos_token") and self.bos_token else [],
                 [self.eos_id] if config.get("add_eos_token") and self.eos_token else [],
@@ -228,8 +230,9 @@ class Tokenizer:
             shifts.append(done - len(ours))
         encoding = backend.encode(ours + text[done:], add_special_tokens=False)
         ids, spans, shift, turn = [], [], 0, 0
-        for token, index, (start, end) in zip(encoding.tokens, encoding.ids, encoding.offsets, strict=True):
-            if token in stand_ins.values():
+        stand_in_ids = {backend.token_to_id(literal) for literal in stand_ins.values()}
+        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if index in stand_in_ids:
                 index, start, end = written[turn]
                 shift = shifts[turn]
                 turn += 1
@@ -342,23 +345,26 @@ def _mark_answers(
 ) -> str:
     """`text` with marks around the answers, for a template that does not say by itself where they are.
 
-    An answer is what the rendering of the conversation up to and with it has more than the rendering that asks for it.
+    An answer is what a rendering up to and with it has more than the one that asks for it, as far as `text` agrees.
     """
     pieces, done = [], 0
     for turn, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before, after = render(messages[:turn], False), render(messages[: turn + 1], False)
-        # Earlier turns may read differently here (without a later turn's picture, say), and this one still be the same.
-        start = len(before) if text.startswith(after) else text.find(after[len(before) :], done)
-        if start < 0 or not after.startswith(before):
-            raise MinivlmError(
-                "cannot tell what the assistant says in this prompt: the chat template writes a turn differently when "
-                "others follow; use a template with {% generation %} tags"
-            )
-        header = len(commonprefix([render(messages[:turn], True), after])) - len(before)
-        end = start + len(after) - len(before)
-        pieces += [text[done : start + header], marks[0], text[start + header : end], marks[1]]
+        before, asked = render(messages[:turn], False), render(messages[:turn], True)
+        after = render(messages[: turn + 1], False)
+        start, end = len(commonprefix([asked, after])), len(commonprefix([text, after]))
+        if start > end or not before.endswith(after[end:]):  # more than an EOS that ends the last turn only
+            # Earlier turns read differently here (without a later turn's picture, say), but this one may be the same.
+            header = len(commonprefix([before, after]))
+            shift = text.find(after[header:], done) - header
+            if shift < -header:
+                raise MinivlmError(
+                    "cannot tell what the assistant says in this prompt: the chat template writes a turn differently "
+                    "when others follow; use a template with {% generation %} tags"
+                )
+            start, end = start + shift, len(after) + shift
+        pieces += [text[done:start], marks[0], text[start:end], marks[1]]
         done = end
     return "".join(pieces) + text[done:]
 
