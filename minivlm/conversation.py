@@ -61,7 +61,7 @@ def read(
 
 
 def split_media(messages: list[dict]) -> tuple[list[dict], list[tuple], list[tuple]]:
-    """Messages as people write them → messages of plain parts; and pictures and films, in order, as (source, options)."""
+    """Messages as people write them → messages of plain parts; pictures; films, each in order as (source, options)."""
     if not isinstance(messages, (list, tuple)) or not all(isinstance(m, dict) for m in messages):
         raise MinivlmError('messages must be a list such as [{"role": "user", "content": "..."}]')
     plain, images, videos = [], [], []

@@ -15,7 +15,7 @@ from minivlm.errors import MinivlmError
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """`rope_theta` and `rope_scaling` of a config.json; `scaling` holds the numbers of its kind as the file has them."""
+    """`rope_theta` and `rope_scaling` of a config.json; `scaling` holds the numbers of its kind under their names."""
 
     head_dim: int
     theta: float
@@ -158,8 +158,9 @@ class Rope:
             length = 0  # one answer for every length
         if (length, device) not in self.known:
             self.known.clear()  # dynamic scaling asks for a new length every token; one answer is worth keeping
-            inv_freq, scale = rope_frequencies(self.config, length)
-            self.known[length, device] = inv_freq.to(device), scale
+            with torch.inference_mode(False):  # kept for training, too, which cannot use inference tensors
+                inv_freq, scale = rope_frequencies(self.config, length)
+                self.known[length, device] = inv_freq.to(device), scale
         return self.known[length, device]
 
 

@@ -31,7 +31,7 @@ from minivlm.inputs import Inputs, Prompt
 from minivlm.models import llava
 from minivlm.models.llava import LlavaConfig, image_defaults, make_projector
 from minivlm.text import ChatTemplate, Tokenizer
-from minivlm.vit import ViT
+from minivlm.vit import ViT, of_tower_size
 
 KEYS = {**llava.KEYS, "image_newline": ("image_newline", "model.image_newline")}
 
@@ -61,7 +61,7 @@ class LlavaNextConfig:
     def from_hf(cls, config: dict) -> "LlavaNextConfig":
         base = LlavaConfig.from_hf(config)
         if base.vision.class_token and not base.drop_class_token:
-            raise MinivlmError("config.json: vision_feature_select_strategy must be default where the tower has a class token")
+            raise MinivlmError("config.json: with a class token, vision_feature_select_strategy must be default")
         default = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # transformers' LlavaNextConfig
         return cls(base, tuple(tuple(p) for p in config.get("image_grid_pinpoints") or default))
 
@@ -183,7 +183,9 @@ class Processor:
         inputs = collate(rows, self.tokenizer.pad_id, labels)
         pictures = [picture for row in rows for picture in row.pictures]
         if pictures:
-            inputs.pixel_values = torch.cat([anyres_tiles(picture, images) for picture in pictures])
+            side = self.config.llava.vision.image_size
+            tiles = [of_tower_size(anyres_tiles(picture, images), side) for picture in pictures]
+            inputs.pixel_values = torch.cat(tiles)
             inputs.image_sizes = torch.tensor([(picture.height, picture.width) for picture in pictures])
             inputs.image_grids = torch.tensor(grids)
         return inputs
