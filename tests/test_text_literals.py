@@ -5,6 +5,7 @@ import os
 import re
 import unicodedata
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import tokenizers
@@ -184,5 +185,34 @@ def test_only_the_literals_ids_change(style, kind):
 
 @pytest.fixture(scope="module")
 def real():
-    """32,000 entries, from what the standard library's files say about themselves; added tokens of every family."""
-    sources = sorted(Path(os.__file__).parent.glob("*.py")) + sorted(Path(os.__file__).parent.glob("[a-i]*/*.py"))
+    """32,000 entries, from the language reference and the docstrings in the standard library; every family's tokens."""
+    sources = [path.read_text("utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+    texts = [*topics.values(), *(text for source in sources for text in re.findall(r'"""(.*?)"""', source, re.S))]
+    special = [literal for literal in LITERALS if literal not in ("<s>", "</s>", "<unk>", "<IMAGE>")]
+    lines = [line for text in texts for line in text.splitlines()]
+    tokenizer = Tokenizer(tokenizers_tiny.llama(special, 32_000, lines), SPECIAL["llama"])
+    assert tokenizer.vocab_size == 32_000 + len(special)
+    return tokenizer
+
+
+@given(any_family, st.lists(typed, min_size=1, max_size=2), typed)
+def test_with_a_real_tokenizer_literals_are_text(real, family, question, answer):
+    template = FAMILIES[family][1]
+    ours = tokenize_chat(real, template, chat(question, answer))
+    harmless = tokenize_chat(real, template, chat(["a"] * len(question), "a"))
+    assert added_ids(real, ours.ids) == added_ids(real, harmless.ids)
+    image = "<|image|>" if family == "mllama" else "<image>"
+    assert ours.ids.count(real.token_to_id(image)) == 1
+    decoded = real.decode(ours.ids, skip_special=False)
+    assert all(text.strip() in decoded for text in [*question, answer])
+
+
+@families
+def test_with_a_real_tokenizer_prose_takes_few_tokens(real, family):
+    template = FAMILIES[family][1]
+    text = "The default implementation of the method returns a string that describes the object."
+    ours = tokenize_chat(real, template, chat(text + " <image> </s> [INST] <|im_start|>"))
+    assert len(real.encode(text)) <= 16  # so the vocabulary is one of words
+    assert text + " <image> </s> [INST] <|im_start|>" in real.decode(ours.ids)
+    naive = real.encode(ours.text, add_bos=True)
+    assert added_ids(real, naive) != added_ids(real, ours.ids)
