@@ -189,3 +189,14 @@ class ViT(nn.Module):
 def num_features(config: ViTConfig, drop_class_token: bool) -> int:
     """How many feature vectors the tower gives for one square picture."""
     return config.grid_side**2 + config.class_token - drop_class_token
+
+
+def of_tower_size(pixels: Tensor, side: int) -> Tensor:
+    """`pixels (..., height, width)` as they are; raises where they are not the square that the tower has learned."""
+    height, width = pixels.shape[-2:]
+    if (height, width) != (side, side):
+        raise MinivlmError(
+            f"the image processor makes {height} x {width} pixels, but the vision tower sees {side} x {side}; "
+            "leave size and crop_size as the checkpoint has them"
+        )
+    return pixels

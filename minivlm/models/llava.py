@@ -26,7 +26,7 @@ from minivlm.images import to_pixels
 from minivlm.inputs import Inputs, Prompt
 from minivlm.layers import Projector, activation
 from minivlm.text import ChatTemplate, Tokenizer
-from minivlm.vit import ViT, ViTConfig, num_features
+from minivlm.vit import ViT, ViTConfig, num_features, of_tower_size
 
 # Parameter prefixes here → their spellings in checkpoints, the hub's published one first (checkpoints.md, layouts A,
 # B, C).
@@ -40,6 +40,16 @@ KEYS = {
         "model.vision_tower",
     ),
     "multi_modal_projector": ("multi_modal_projector", "model.multi_modal_projector"),
+}
+
+# The tower of a config.json without a `vision_config`: CLIP-L/14 at 336 pixels. Source: transformers' LlavaConfig.
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
 }
 
 # For folders without a chat template: the one llava-hf ships. Pictures first, then text; no system sentence.
@@ -76,13 +86,19 @@ class LlavaConfig:
         strategy = config.get("vision_feature_select_strategy", "default")
         if strategy not in ("default", "full"):
             raise MinivlmError(f"config.json: vision_feature_select_strategy must be default or full, not {strategy!r}")
-        text = config.get("text_config") or {}
-        vision = config.get("vision_config") or {}
+        vision = config.get("vision_config")
+        vision = ViTConfig.from_hf(CLIP_LARGE if vision is None else vision)
+        layers = tuple(layers) if isinstance(layers, list) else (layers,)
+        if not all(-vision.num_layers - 1 <= i <= vision.num_layers for i in layers):
+            raise MinivlmError(
+                f"config.json: vision_feature_layer is {list(layers)}, but a tower of {vision.num_layers} layers has "
+                f"hidden states {-vision.num_layers - 1} to {vision.num_layers}"
+            )
         return cls(
-            text=DecoderConfig.from_hf(text, tied=is_tied(config)),
-            vision=ViTConfig.from_hf(vision),
+            text=DecoderConfig.from_hf(config.get("text_config") or {}, tied=is_tied(config)),
+            vision=vision,
             image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
-            feature_layers=tuple(layers) if isinstance(layers, list) else (layers,),
+            feature_layers=layers,
             drop_class_token=strategy == "default",
             projector_act=config.get("projector_hidden_act", "gelu"),
             projector_bias=config.get("multimodal_projector_bias", True),
@@ -190,6 +206,7 @@ class Processor:
         inputs = collate(rows, self.tokenizer.pad_id, labels)
         pictures = [picture for row in rows for picture in row.pictures]
         if pictures:
-            inputs.pixel_values = torch.stack([to_pixels(picture, images) for picture in pictures])
+            side = self.config.vision.image_size
+            inputs.pixel_values = torch.stack([of_tower_size(to_pixels(picture, images), side) for picture in pictures])
             inputs.image_sizes = torch.tensor([(picture.height, picture.width) for picture in pictures])
         return inputs

@@ -1,0 +1,334 @@
+"""LLaVA-1.5 against transformers at every seam: pixels, ids, features, embeddings, logits, tokens; and its own laws."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import (
+    close,
+    in_layout,
+    load,
+    our_logits,
+    picture,
+    their_answers,
+    their_embeddings,
+    their_inputs,
+    their_logits,
+    turn,
+)
+from tokenizers_tiny import TEMPLATES
+from transformers import AutoConfig, LlavaForConditionalGeneration
+
+import minivlm
+from minivlm import decoder
+from minivlm.errors import MinivlmError
+from minivlm.image_config import CLIP_MEAN, CLIP_STD
+from minivlm.models import llava
+from minivlm.models.llava import LlavaConfig
+
+CONFIG = {
+    "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "projector_hidden_act": "gelu",
+    "text_config": tiny.TEXTS["llama"], "vision_config": tiny.CLIP, "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default", "torch_dtype": "float16",
+}  # fmt: skip
+PREPROCESSOR = {
+    "crop_size": {"height": 40, "width": 40}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,
+    "do_rescale": True, "do_resize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3,
+    "image_processor_type": "CLIPImageProcessor", "rescale_factor": 1 / 255, "size": {"shortest_edge": 40},
+}  # fmt: skip
+CONFIGS = {  # what published files of this kind vary
+    "hub": {},
+    "several layers": {"vision_feature_layer": [-3, -2, 1]},
+    "last layer, with the class token": {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+    "no bias, relu": {"multimodal_projector_bias": False, "projector_hidden_act": "relu"},
+    "grouped heads, tied": {
+        "text_config": tiny.TEXTS["llama3"] | {"tie_word_embeddings": True}, "tie_word_embeddings": True,
+    },
+    "mistral with a window": {"text_config": tiny.TEXTS["mistral"] | {"sliding_window": 6}},
+}  # fmt: skip
+
+TALKS = [
+    [turn("user", picture(47, 91), "What is this?")],
+    [turn("user", "Hello! No picture here.")],
+    [turn("user", picture(40, 40, 1), picture(3, 77, 2), "Compare both."), turn("assistant", "The left one."),
+     turn("user", "And now?", picture(200, 41, 3))],
+    [turn("user", "Which?", picture(1, 1))],
+]  # fmt: skip
+SIZES = [(40, 40), (39, 41), (41, 39), (1, 1), (1, 37), (60, 1), (80, 40), (33, 171), (257, 90), (119, 121)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    made = {}
+
+    def get(name="hub"):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("llava") / "checkpoint"
+            checkpoint = tiny.make(folder, CONFIG | CONFIGS[name], "llama", TEMPLATES["llava"], PREPROCESSOR)
+            made[name] = checkpoint, load(folder)
+        return made[name]
+
+    return get
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pixels_and_ids_equal_transformers(checkpoints, size):
+    checkpoint, vlm = checkpoints()
+    talk = [turn("user", picture(*size), "What do you see?")]
+    ours, theirs = vlm.preprocess([talk]), their_inputs(checkpoint.processor, [talk])
+    assert torch.equal(ours.pixel_values, theirs["pixel_values"])
+    assert torch.equal(ours.input_ids, theirs["input_ids"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_seam_equals_transformers(checkpoints, name):
+    """A left-padded batch: one picture, none, three over two turns, and the smallest."""
+    checkpoint, vlm = checkpoints(name)
+    config, model = vlm.model.config, checkpoint.theirs.model
+    ours, theirs = vlm.preprocess(TALKS), their_inputs(checkpoint.processor, TALKS)
+    assert torch.equal(ours.input_ids, theirs["input_ids"])
+    assert torch.equal(ours.attention_mask, theirs["attention_mask"])
+    assert torch.equal(ours.pixel_values, theirs["pixel_values"])
+    with torch.inference_mode():
+        states = model.vision_tower(theirs["pixel_values"], output_hidden_states=True).hidden_states
+        wanted = torch.cat([states[i] for i in config.feature_layers], -1)[:, int(config.drop_class_token) :]
+        features = vlm.model.vision_tower(ours.pixel_values, config.feature_layers, config.drop_class_token)
+        assert close(features, wanted)
+        projected = model.get_image_features(theirs["pixel_values"], return_dict=True).pooler_output
+        assert close(vlm.model.encode_images(ours), torch.cat(tuple(projected)))
+        assert close(vlm.model.embed(ours), their_embeddings(checkpoint.theirs, theirs))
+    assert close(our_logits(vlm, ours), their_logits(checkpoint.theirs, theirs))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generated_tokens_equal_transformers(checkpoints, name, num_beams):
+    checkpoint, vlm = checkpoints(name)
+    theirs = their_answers(
+        checkpoint.theirs, their_inputs(checkpoint.processor, TALKS), vlm.eos_ids, vlm.processor.tokenizer.pad_id,
+        num_beams=num_beams, max_new_tokens=16,
+    )  # fmt: skip
+    ours = [result.token_ids for result in vlm.generate(TALKS, num_beams=num_beams, max_new_tokens=16)]
+    assert ours == theirs
+
+
+def test_logits_are_of_a_size_that_the_tolerance_means_something(checkpoints):
+    _, vlm = checkpoints()
+    assert 0.5 < our_logits(vlm, vlm.preprocess(TALKS)).std() < 10
+
+
+# --- the twins: what must break parity --------------------------------------------------------------------------------
+
+WRONG_CONFIGS = {
+    "the last layer": {"vision_feature_layer": -1},
+    "two layers back": {"vision_feature_layer": -3},
+    "another activation in the projector": {"projector_hidden_act": "relu"},
+    "another activation in the tower": {"vision_config.hidden_act": "gelu_pytorch_tanh"},
+    "another activation in the decoder": {"text_config.hidden_act": "gelu"},
+    "another eps": {"text_config.rms_norm_eps": 1e-3},
+    "another eps in the tower": {"vision_config.layer_norm_eps": 1e-3},
+    "another theta": {"text_config.rope_theta": 5e5},
+    "squeezed positions": {"text_config.rope_scaling": {"type": "linear", "factor": 2.0}},
+    "other heads": {"text_config.num_attention_heads": 8, "text_config.num_key_value_heads": 8},
+    "other heads in the tower": {"vision_config.num_attention_heads": 4},
+    "a window": {
+        "text_config.model_type": "mistral", "text_config.num_key_value_heads": 4, "text_config.sliding_window": 9,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG_CONFIGS)
+def test_another_number_in_the_config_breaks_parity(checkpoints, tmp_path, change):
+    checkpoint, _ = checkpoints()
+    vlm = load(tiny.variant(checkpoint.folder, tmp_path / "changed", WRONG_CONFIGS[change]))
+    theirs = their_logits(checkpoint.theirs, their_inputs(checkpoint.processor, TALKS))
+    assert not close(our_logits(vlm, vlm.preprocess(TALKS)), theirs, atol=1e-3)
+
+
+TRAPS = {
+    "no mask": lambda patch: patch.setattr(decoder, "causal_mask", lambda *_: None),
+    "looking ahead": lambda patch: patch.setattr(
+        decoder, "causal_mask", lambda T, S, *_: torch.ones(1, 1, T, S, dtype=torch.bool)
+    ),
+    "positions that count padding": lambda patch: patch.setattr(
+        decoder, "text_positions", lambda mask: torch.arange(mask.shape[1]).expand_as(mask) * 2
+    ),
+    "pictures in another order": lambda patch: patch.setattr(
+        llava, "fuse", lambda x, where, tokens: x.masked_scatter(where[..., None], tokens.flip(0))
+    ),
+    "no pictures": lambda patch: patch.setattr(llava, "fuse", lambda x, *_: x),
+    "colours swapped": lambda patch: patch.setattr(
+        llava, "to_pixels", lambda image, config, original=llava.to_pixels: original(image, config).flip(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_every_trap_breaks_parity(checkpoints, monkeypatch, trap):
+    checkpoint, vlm = checkpoints()
+    theirs = their_logits(checkpoint.theirs, their_inputs(checkpoint.processor, TALKS))
+    TRAPS[trap](monkeypatch)
+    assert not close(our_logits(vlm, vlm.preprocess(TALKS)), theirs, atol=1e-3)
+
+
+# --- metamorphic ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["hub", "mistral with a window"])
+def test_cached_steps_equal_the_full_forward(checkpoints, name):
+    """Every decode step of a left-padded batch gives the logits that the whole sequence gives at that place."""
+    _, vlm = checkpoints(name)
+    inputs, steps = vlm.preprocess(TALKS), 9
+    ids = torch.randint(3, 250, (len(TALKS), steps), generator=torch.Generator().manual_seed(0))
+    whole = minivlm.Inputs(
+        torch.cat([inputs.input_ids, ids], 1),
+        torch.cat([inputs.attention_mask, torch.ones_like(ids)], 1),
+        pixel_values=inputs.pixel_values,
+    )
+    with torch.inference_mode():
+        full = vlm.model(whole)[:, -steps - 1 :]
+        cache = vlm.model.new_cache()
+        assert close(vlm.model(inputs, cache, last_only=True)[:, 0], full[:, 0])
+        for i in range(steps):
+            assert close(vlm.model.decode(ids[:, i : i + 1], cache), full[:, i + 1])
+
+
+def test_a_batch_gives_what_its_rows_give_alone(checkpoints):
+    _, vlm = checkpoints()
+    together = vlm.preprocess(TALKS)
+    with torch.inference_mode():
+        logits = vlm.model(together)
+        for row, talk in enumerate(TALKS):
+            alone = vlm.model(vlm.preprocess([talk]))[0]
+            assert close(logits[row, -len(alone) :], alone, atol=2e-5)
+
+
+def test_a_picture_gives_the_same_tokens_in_any_company(checkpoints):
+    _, vlm = checkpoints()
+    pictures = [picture(47, 91), picture(200, 41, 3), picture(1, 1)]
+    together = vlm.preprocess([[turn("user", *pictures, "Compare.")]])
+    with torch.inference_mode():
+        ours = vlm.model.encode_images(together).chunk(len(pictures))
+        for tokens, own in zip(ours, pictures, strict=True):
+            assert close(tokens, vlm.model.encode_images(vlm.preprocess([[turn("user", own, "Describe.")]])), atol=2e-5)
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000))
+def test_every_picture_is_as_many_tokens_as_theirs(checkpoints, height, width):
+    checkpoint, vlm = checkpoints()
+    (theirs,) = checkpoint.processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens
+    assert llava.num_image_tokens(vlm.model.config) == theirs
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_token_count_is_what_the_tower_gives(checkpoints, name):
+    _, vlm = checkpoints(name)
+    inputs = vlm.preprocess([TALKS[0]])
+    tokens = vlm.model.encode_images(inputs)
+    assert len(tokens) == llava.num_image_tokens(vlm.model.config)
+    assert len(tokens) == int((inputs.input_ids == vlm.model.config.image_token_id).sum())
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", tiny.FOLDERS)
+@pytest.mark.parametrize("name", ["hub", "grouped heads, tied"])
+def test_every_key_layout_gives_the_same_logits(checkpoints, tmp_path, name, layout):
+    checkpoint, vlm = checkpoints(name)
+    other = load(in_layout(checkpoint, layout, tmp_path / "other"))
+    assert torch.equal(our_logits(other, other.preprocess(TALKS)), our_logits(vlm, vlm.preprocess(TALKS)))
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_transformers_reads_the_layouts_that_these_tests_write(checkpoints, tmp_path, layout):
+    checkpoint, _ = checkpoints()
+    theirs = their_inputs(checkpoint.processor, TALKS)
+    again = reload(in_layout(checkpoint, layout, tmp_path / "other"))
+    assert close(their_logits(again, theirs), their_logits(checkpoint.theirs, theirs))
+
+
+def reload(folder):
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", ["hub", "grouped heads, tied"])
+def test_transformers_reads_what_we_save(checkpoints, tmp_path, name):
+    checkpoint, vlm = checkpoints(name)
+    vlm.save(tmp_path / "saved")
+    theirs = their_inputs(checkpoint.processor, TALKS)
+    assert close(their_logits(reload(tmp_path / "saved"), theirs), their_logits(checkpoint.theirs, theirs), atol=1e-6)
+    assert our_logits(load(tmp_path / "saved"), vlm.preprocess(TALKS)).equal(our_logits(vlm, vlm.preprocess(TALKS)))
+
+
+DAMAGE = {
+    "missing": (lambda t: t.pop("multi_modal_projector.linear_2.bias"), "multi_modal_projector.linear_2.bias"),
+    "renamed": (
+        lambda t: t.update({"language_model.model.last_norm.weight": t.pop("language_model.model.norm.weight")}),
+        "language_model.model.last_norm.weight",
+    ),
+    "extra": (lambda t: t.update({"vision_tower.vision_model.head.weight": torch.ones(3)}), "vision_model.head.weight"),
+    "misshapen": (
+        lambda t: t.update({"language_model.lm_head.weight": t["language_model.lm_head.weight"].T.contiguous()}),
+        "lm_head.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_tensor_that_does_not_fit_is_named(checkpoints, tmp_path, damage):
+    checkpoint, _ = checkpoints()
+    folder, (harm, name) = tmp_path / "damaged", DAMAGE[damage]
+    tiny.variant(checkpoint.folder, folder, drop=["*.safetensors"])
+    harm(tensors := tiny.tensors_of(checkpoint.theirs))
+    tiny.save_tensors(tensors, folder)
+    with pytest.raises(MinivlmError) as error:
+        load(folder)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+SPARSE = {  # what a file may leave out
+    "hardly more than the types": {
+        "text_config": {"model_type": "llama", "vocab_size": 32064},
+        "vision_config": {"model_type": "clip_vision_model"},
+    },
+    "nothing but the type": {},
+    "no types": {"text_config": {"vocab_size": 99}, "vision_config": {"hidden_size": 96}},
+    "an empty tower": {"vision_config": {}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sparse", SPARSE)
+def test_what_a_config_leaves_out_is_what_transformers_takes(sparse):
+    theirs = AutoConfig.for_model("llava", **json.loads(json.dumps(SPARSE[sparse])))
+    full = json.loads(json.dumps(theirs.to_dict()))
+    assert LlavaConfig.from_hf(SPARSE[sparse]) == LlavaConfig.from_hf(full)
+
+
+def test_a_strategy_that_is_none_is_refused():
+    with pytest.raises(MinivlmError, match="vision_feature_select_strategy"):
+        LlavaConfig.from_hf({"vision_feature_select_strategy": "cls_patch"})
+
+
+@pytest.mark.parametrize("layer", [5, -6, [-2, 9]])
+def test_a_feature_layer_that_the_tower_has_not_is_refused(checkpoints, tmp_path, layer):
+    """A wrapped index would read some other layer and answer a little worse."""
+    checkpoint, _ = checkpoints()
+    with pytest.raises(MinivlmError, match="vision_feature_layer"):
+        load(tiny.variant(checkpoint.folder, tmp_path / "changed", {"vision_feature_layer": layer}))
+
+
+@pytest.mark.parametrize("settings", [{"crop_size": 32}, {"do_center_crop": False}], ids=str)
+def test_pixels_that_the_tower_cannot_see_are_refused(checkpoints, settings):
+    _, vlm = checkpoints()
+    with pytest.raises(MinivlmError, match="40 x 40"):
+        vlm.preprocess(TALKS, images_kwargs=settings)

@@ -1,0 +1,229 @@
+"""Tiny random checkpoints: a transformers model as the oracle, and the folder of files that a user downloads.
+
+    checkpoint = tiny.make(folder, config, "llama", template, preprocessor)
+    ours, theirs = tiny.load(checkpoint.folder), checkpoint.theirs
+
+`config` is what the hub's config.json of such a model holds, old spellings and gaps included. Every parameter is
+random, norms and biases too: what starts at 0 or 1 would hide that it is not used.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers_tiny
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+
+import minivlm
+
+# transformers 5's names in memory → names on disk: (pattern, replacement), applied in this order.
+LAYOUTS = {
+    "hub": (
+        (r"^lm_head", "language_model.lm_head"),
+        (r"^model\.language_model", "language_model.model"),
+        (r"^model\.(\w+_tower)", r"\1.vision_model"),
+        (r"^model\.", ""),
+    ),
+    "4.52": ((r"^(model\.\w+_tower)", r"\1.vision_model"),),
+    "v5": (),
+    "v5 from a config": (
+        (r"^lm_head", "language_model.lm_head"),
+        (r"^model\.language_model", "language_model.model"),
+        (r"^model\.", ""),
+    ),
+}
+
+TEXT = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+TEXTS = {  # by what the hub's file says; num_key_value_heads is left out where the published file leaves it out
+    "llama": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **TEXT},
+    "llama3": {"model_type": "llama", "num_key_value_heads": 2, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, **TEXT},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "rope_theta": 1e6, "sliding_window": None, **TEXT},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "rope_theta": 1e6, "max_window_layers": 2, **TEXT},
+}
+CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "image_size": 40, "patch_size": 8, "projection_dim": 16,
+}  # fmt: skip
+TOKENIZERS = {  # style: (the tokenizer, names of the special tokens)
+    "llama": lambda: (tokenizers_tiny.llama(), "llama"),
+    "llama3": lambda: (tokenizers_tiny.llama3(added=("<image>",)), "llama3"),
+    "qwen2": lambda: (tokenizers_tiny.qwen2(), "qwen2"),
+}
+
+
+@dataclass
+class Checkpoint:
+    folder: Path
+    theirs: torch.nn.Module  # float32
+    processor: "transformers.ProcessorMixin"  # with its PIL image processor
+
+
+def make(folder, config, style, template, preprocessor, seed=0):
+    """A checkpoint in the hub's layout. Ids and the size of the vocabulary come from the tokenizer of that `style`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer, names = TOKENIZERS[style]()
+    tokenizers_tiny.save(tokenizer, folder, names, template)
+    ids = {"image_token_index": tokenizer.token_to_id("<image>")}
+    text = config["text_config"] | {"vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
+    config = ids | config | {"text_config": text}
+    theirs = build(config, seed)
+    save_tensors(tensors_of(theirs), folder)
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    # Two numbers that their processor takes from here and ours from the model's config.
+    ours_too = {"patch_size": config["vision_config"]["patch_size"], "num_additional_image_tokens": 1}
+    strategy = {"vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default")}
+    write_json(folder / "processor_config.json", {**ours_too, **strategy})
+    return Checkpoint(folder, theirs, transformers.AutoProcessor.from_pretrained(folder, backend="pil"))
+
+
+def load(folder):
+    return minivlm.load(folder, device="cpu", dtype="float32")
+
+
+def build(config, seed=0):
+    """The transformers model of a config.json, in float32, with random parameters."""
+    config = json.loads(json.dumps(config))  # they write into it
+    architecture = getattr(transformers, config["architectures"][0])
+    return randomise(architecture(transformers.AutoConfig.for_model(**config)).float().eval(), seed)
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Draws every parameter so that signals keep their size and each parameter is felt in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        x = torch.randn(p.shape, generator=generator)
+        if p.dim() > 1:
+            p.copy_(1.3 * x / p[0].numel() ** 0.5)
+        else:
+            p.copy_(1 + 0.2 * x if name.endswith("weight") else 0.3 * x)  # a norm's; a bias, a newline, a gate
+    return model
+
+
+def tensors_of(theirs, layout="hub"):
+    """The parameters under the names of `layout`; tied ones once, under their first name."""
+    return {rename(name, layout): p.detach().contiguous() for name, p in theirs.named_parameters()}
+
+
+def save_tensors(tensors, folder, shards=1):
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    where = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        part = {name: tensors[name] for name in names if where[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+
+
+def rename(name, layout):
+    for pattern, replacement in LAYOUTS[layout]:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# Every way in which a folder may lie on somebody's disk: a layout, perhaps in shards, or what transformers 5 writes.
+FOLDERS = (*LAYOUTS, "hub in 3", "v5 in 2", "save_pretrained")
+
+
+def in_layout(checkpoint, layout, folder):
+    """The same checkpoint as one of FOLDERS."""
+    if layout == "save_pretrained":
+        checkpoint.theirs.save_pretrained(folder)
+        checkpoint.processor.save_pretrained(folder)
+        return folder
+    variant(checkpoint.folder, folder, drop=["*.safetensors"])
+    layout, _, shards = layout.partition(" in ")
+    save_tensors(tensors_of(checkpoint.theirs, layout), folder, int(shards or 1))
+    return folder
+
+
+def variant(source, folder, config=None, drop=()):
+    """A copy of a checkpoint's folder with changes to config.json (`a.b` reaches into a part), some files left out."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*drop))
+    changed = json.loads((source / "config.json").read_text())
+    for key, value in (config or {}).items():
+        *parts, last = key.split(".")
+        place = changed
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    write_json(folder / "config.json", changed)
+    return folder
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def picture(height, width, seed=0):
+    """Noise over a gradient: neighbouring tiles differ, and so do left and right, top and bottom."""
+    noise = np.random.default_rng([seed, height, width]).integers(0, 128, (height, width, 3))
+    slope = np.linspace(0, 127, height)[:, None, None] * [1, 0, 0.5] + np.linspace(0, 127, width)[:, None] * [0, 1, 0.5]
+    return Image.fromarray((noise + slope).astype(np.uint8))
+
+
+def turn(role, *parts):
+    """A message; pictures are PIL, all else is text."""
+    kinds = ("image" if isinstance(part, Image.Image) else "text" for part in parts)
+    return {"role": role, "content": [{"type": kind, kind: part} for kind, part in zip(kinds, parts, strict=True)]}
+
+
+def their_inputs(processor, conversations):
+    """What their processor makes of a batch, through the checkpoint's own template."""
+    texts = [processor.apply_chat_template(c, add_generation_prompt=True) for c in conversations]
+    pictures = [part["image"] for c in conversations for m in c for part in m["content"] if part["type"] == "image"]
+    bos = processor.tokenizer.bos_token
+    add_bos = bos is None or not texts[0].startswith(bos)
+    return processor(
+        text=texts, images=pictures or None, padding=True, return_tensors="pt", add_special_tokens=add_bos
+    )
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def close(ours, theirs, atol=1e-4):
+    """Whether two tensors have one shape and no number further apart than `atol`; False where one is not finite."""
+    return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= atol).all())
+
+
+def our_logits(vlm, inputs):
+    """Logits of the real tokens, `(number of them, V)`: what stands on padding is nobody's business."""
+    with torch.inference_mode():
+        return vlm.model(inputs)[inputs.attention_mask > 0]
+
+
+def their_logits(theirs, inputs):
+    with torch.inference_mode():
+        return theirs(**inputs).logits[inputs["attention_mask"] > 0]
+
+
+def their_embeddings(theirs, inputs):
+    """What enters their language model: `(B, T, D)`."""
+    seen = []
+    module = theirs.model.language_model
+    hook = module.register_forward_pre_hook(lambda *args: seen.append(args[2]["inputs_embeds"]), with_kwargs=True)
+    their_logits(theirs, inputs)
+    hook.remove()
+    return seen[0]
+
+
+def their_answers(theirs, inputs, eos_ids, pad_id, **search):
+    """New token ids per row, up to and with the first of `eos_ids`."""
+    search = {"do_sample": False, "num_beams": 1} | search
+    out = theirs.generate(**inputs, eos_token_id=list(eos_ids) or None, pad_token_id=pad_id, **search)
+    rows = out[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = [next((i + 1 for i, token in enumerate(row) if token in eos_ids), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
