@@ -25,7 +25,8 @@ def read_tokenizer_model(path: Path) -> tuple[Tokenizer, dict]:
     try:
         return _tokenizer(*_read_model(path.read_bytes()))
     except Exception as error:  # damaged bytes can mean anything, and the library raises nothing more precise
-        raise MinivlmError(f"{path} is not a SentencePiece BPE model ({error}); download it again") from error
+        reason = " ".join(str(error).split())[:300]
+        raise MinivlmError(f"{path} is not a SentencePiece BPE model ({reason}); download it again") from error
 
 
 def _tokenizer(pieces: list[tuple[str, float, int]], trainer: dict, normalizer: dict) -> tuple[Tokenizer, dict]:
