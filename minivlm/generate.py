@@ -205,13 +205,13 @@ class _Run:
         return [Generation(a.token_ids, a.text, a.finish_reason, timing, a.score) for a in answers]
 
     def _prefill(self) -> tuple[KVCache, Tensor, Tensor | None]:
-        """The cache, the last position's logits (B, V), and the words (B, V + 1) that the penalty is for, if any."""
-        inputs, sampling = self.inputs, self.sampling
-        cache = self.model.new_cache(inputs.input_ids.shape[1] + sampling.max_new_tokens)
-        logits = self.model(inputs, cache, last_only=True)[:, -1]
-        if sampling.repetition_penalty == 1:
+        """The cache, the last position's logits (B, V), and the words (B, S) that a penalty is for, if there is one."""
+        ids, room = self.inputs.input_ids, self.sampling.max_new_tokens
+        cache = self.model.new_cache(ids.shape[1] + room)
+        logits = self.model(self.inputs, cache, last_only=True)[:, -1]
+        if self.sampling.repetition_penalty == 1:
             return cache, logits, None
-        return cache, logits, prompt_words(inputs.input_ids, inputs.attention_mask, logits.shape[1])
+        return cache, logits, prompt_words(ids, self.inputs.attention_mask, logits.shape[1], room)
 
     @torch.inference_mode()
     def _tokens(self) -> Iterator[None]:
@@ -228,7 +228,7 @@ class _Run:
                 logits = penalise(logits, said, sampling.repetition_penalty)
             best, ids = logits.max(-1)  # (B,); twice as fast as argmax, and a NaN anywhere makes best NaN
             if sampling.temperature > 0:
-                ids = draw(*keep_likely(logits - best[:, None], sampling), numbers[i])  # (B,)
+                ids = draw(*keep_likely(logits, sampling), numbers[i])  # (B,)
             tokens = ids.where(best.isfinite(), -1).tolist()
             for answer, token in zip(answers, tokens, strict=True):
                 if answer.finish_reason is None:
@@ -241,7 +241,7 @@ class _Run:
             if not all(going):
                 ids = ids.where(torch.tensor(going, device=device), self.pad_id)
             if said is not None:
-                said.scatter_(1, ids[:, None].clamp(max=V), True)
+                said[:, cache.length] = ids.clamp(max=V)
             logits = self.model.decode(ids[:, None], cache)  # (B, V)
 
     @torch.inference_mode()
@@ -274,7 +274,9 @@ class _Run:
             beams = [(beam.token_ids[-1], b * k + beam.parent) for b, row in enumerate(rows) for beam in row.alive]
             ids, parents = torch.tensor(beams, device=device).unbind(1)  # (B·k,) each
             cache.reorder(parents)
-            said = None if said is None else said[parents].scatter_(1, ids[:, None], True)
+            if said is not None:
+                said = said[parents]
+                said[:, cache.length] = ids
             logits = self.model.decode(ids[:, None], cache)  # (B·k, V)
         for row, answer in zip(rows, self.answers, strict=True):
             answer.score, token_ids = row.ended[0]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minivlm.errors import MinivlmError
 
@@ -52,36 +52,44 @@ class Sampling:
             raise MinivlmError(f"{name} must be {wanted}, not {vars(self)[name]!r}")
 
 
-def prompt_words(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:
-    """(B, V + 1) bool: the words that stand in each row's prompt, for `penalise`.
+def prompt_words(input_ids: Tensor, attention_mask: Tensor, V: int, room: int) -> Tensor:
+    """(B, T + room): the words of each row's prompt for `penalise`, and room to note those of the answer.
 
-    Image placeholders count, as in transformers; left padding does not. Ids that the head cannot say (Mllama's image
-    token lies beyond it) fall into the last column, which nobody reads.
+    Image placeholders count, as in transformers; left padding does not. V stands for no word: padding, room that is
+    not yet used, and ids that the head cannot say (Mllama's image token lies beyond it).
     """
     words = input_ids.clamp(max=V).masked_fill(attention_mask == 0, V)
-    return torch.zeros(len(words), V + 1, dtype=torch.bool, device=words.device).scatter_(1, words, True)
+    return nn.functional.pad(words, (0, room), value=V)
 
 
 def penalise(scores: Tensor, said: Tensor, penalty: float) -> Tensor:
-    """Divides the positive scores (B, V) of words that were `said (B, V + 1)`, multiplies the negative ones.
+    """Divides the positive scores (B, V) of the words in `said (B, N)`, multiplies the negative ones; once per word.
 
     Keskar et al. 2019 (CTRL), section 4.1, with transformers' sign rule: the paper divides negative scores, too, which
     makes those words likelier.
     """
-    return torch.where(said[:, :-1], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    scores = nn.functional.pad(scores, (0, 1))  # (B, V + 1), the last column for what is no word
+    theirs = scores.gather(1, said)  # (B, N)
+    return scores.scatter_(1, said, torch.where(theirs < 0, theirs * penalty, theirs / penalty))[:, :-1]
 
 
 def keep_likely(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Scores (B, V), the largest 0, → weights (B, C) of the words (B, C) to draw from; None: they are 0 … V − 1.
+    """Scores (B, V) → weights (B, C) and the words (B, C) that they belong to; None: words 0 … V − 1.
 
     Weights are probabilities up to a factor, 0 where a filter took the word out. With `top_k` exactly that many words
     are left, so that 1 is greedy even where words tie (transformers keeps all that tie with the last one).
     """
     V, words = scores.shape[1], None
-    if sampling.top_k > 0 or sampling.top_p < 1:
-        scores, words = scores.topk(min(sampling.top_k or V, V))  # (B, C), likeliest first
+    if sampling.top_k > 0:
+        scores, words = scores.topk(min(sampling.top_k, V))  # (B, C), likeliest first
+    scores = scores - scores.amax(-1, keepdim=True)  # so that no temperature is too small
     weights = (scores / sampling.temperature).softmax(-1)  # (B, C)
     if sampling.top_p < 1:
+        if words is None:
+            # All words of probability (1 − p)/V and less do not reach 1 − p together, so none of them is kept: sorting
+            # the others is ten times faster than sorting 152,000 words.
+            C = int((weights > (1 - sampling.top_p) / V).sum(-1).max())
+            weights, words = weights.topk(max(1, C))  # (B, C), likeliest first
         likelier = weights.cumsum(-1) - weights  # (B, C), probability of all the words before this one
         weights = weights.where(likelier < sampling.top_p, 0)
     if sampling.min_p > 0:
@@ -95,6 +103,6 @@ def draw(weights: Tensor, words: Tensor | None, number: Tensor) -> Tensor:
     One random number per token: all numbers of an answer are drawn before it begins, on the host, the same everywhere.
     """
     total = weights.cumsum(-1, dtype=torch.float64)  # (B, C)
-    index = (total <= number * total[:, -1:]).sum(-1, keepdim=True)  # (B, 1)
-    index = index.clamp(max=weights.shape[1] - 1)  # beyond the end if all weights are 0, which NaN scores come to
+    index = torch.searchsorted(total, number * total[:, -1:], right=True)  # (B, 1)
+    index = index.clamp(max=weights.shape[1] - 1)  # beyond the end only where NaN scores made all weights 0
     return (index if words is None else words.gather(1, index))[:, 0]

@@ -212,6 +212,14 @@ def test_prompt_is_computed_once_and_no_token_in_vain():
     assert [len(ids) for ids in model.fed] == [12] * 5  # the first token comes from the prompt, the last is not fed
 
 
+def test_a_model_that_has_answered_can_be_trained():
+    """What a model keeps from its first answer (rotary frequencies) must not be inference tensors."""
+    model, inputs = TinyModel(tiny_llama(0)), prompts(0)
+    answer(model, inputs, max_new_tokens=2)
+    model(inputs, None, last_only=False).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 # --- stream and clock -------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ PROBABILITY = st.floats(0.01, 1.0)
 
 def ours_probabilities(scores, sampling):
     """(B, V) probabilities: the weights that are left, back at their words' places."""
-    weights, words = keep_likely(scores - scores.amax(-1, keepdim=True), sampling)
+    weights, words = keep_likely(scores, sampling)
     if words is not None:
         weights = torch.zeros_like(scores).scatter(1, words, weights)
     return weights / weights.sum(-1, keepdim=True)
@@ -81,16 +81,16 @@ def test_penalise_equals_transformers(V, T, seed, penalty):
     ids = torch.randint(0, V + 4, (2, T), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, : T // 2] = 0
-    ours = penalise(scores, prompt_words(ids, mask, V), penalty)
+    ours = penalise(scores, prompt_words(ids, mask, V, 2), penalty)
     processor = theirs_all.RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=mask.argmax(1))
     torch.testing.assert_close(ours, processor(ids, scores), atol=1e-6, rtol=1e-6)
 
 
 def test_penalise_notices_padding_and_signs():
     scores, ids = torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[2, 0, 1]])
-    ours = penalise(scores, prompt_words(ids, torch.tensor([[0, 1, 1]]), 3), 2.0)
+    ours = penalise(scores, prompt_words(ids, torch.tensor([[0, 1, 1]]), 3, 1), 2.0)
     assert ours.tolist() == [[1.0, -4.0, 1.0]]
-    assert penalise(scores, prompt_words(ids, torch.ones(1, 3), 3), 2.0).tolist() == [[1.0, -4.0, 0.5]]
+    assert penalise(scores, prompt_words(ids, torch.ones(1, 3), 3, 1), 2.0).tolist() == [[1.0, -4.0, 0.5]]
 
 
 @given(st.lists(st.sampled_from([0.0, 1e-12, 0.1, 1.0, 3.0]), min_size=1, max_size=9).filter(any), st.booleans())
