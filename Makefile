@@ -17,6 +17,7 @@ PYTEST ?=
 
 PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --constraint constraints.txt $(TORCH_INDEX:%=--extra-index-url %)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 READY = $(VENV)/.ready
 READY_TO_TEST = $(VENV)/.ready-to-test
 
@@ -53,7 +54,7 @@ $(READY): pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 	@echo "installing torch and friends into $(VENV) (once, some minutes)"
 	$(INSTALL) --editable .
 	@echo "building the kernels (once, about a minute; without a C++ compiler the references stand in)"
-	$(PY) -c 'from minivlm import ops; print("kernels:", *ops.backends())'
+	$(PY) -c 'from minivlm.ops.backend import why_not; print("kernels:", why_not("minivlm") or "ready")'
 	@touch $@
 
 $(READY_TO_TEST): $(READY)
