@@ -63,7 +63,8 @@ def load(
         load_weights(model, folder, family.KEYS, dtype, device, skip=[*skip, *tied_head(model)])
     model.eval().requires_grad_(False)
     processor = family.Processor.from_folder(folder, config)
-    return VLM(model, processor, stop_ids(folder, config, processor.tokenizer), device, family.KEYS, folder)
+    eos_ids = stop_ids(folder, config, processor.tokenizer)
+    return VLM(model, processor, eos_ids, device, family.KEYS, folder, vision)
 
 
 # What `vision=False` leaves out, under our own names.
@@ -73,7 +74,10 @@ VISION_PREFIXES = ("vision", "image", "video", "multi_modal_projector")
 def pick_device(device: "str | torch.device") -> torch.device:
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise MinivlmError(f"{device!r} is no device; use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MinivlmError("device cuda was asked for, but torch sees no CUDA GPU here; use device cpu")
     return device
@@ -117,9 +121,11 @@ class VLM:
     `images_kwargs` override the checkpoint's image settings.
     """
 
-    def __init__(self, model, processor, eos_ids: tuple[int, ...], device: torch.device, keys: dict, folder: Path):
+    def __init__(
+        self, model, processor, eos_ids: tuple[int, ...], device: torch.device, keys: dict, folder: Path, vision: bool
+    ):
         self.model, self.processor, self.eos_ids, self.device = model, processor, eos_ids, device
-        self.keys, self.folder = keys, folder
+        self.keys, self.folder, self.vision = keys, folder, vision
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,6 +144,8 @@ class VLM:
         but on them.
         """
         inputs = self.processor(conversations, template_kwargs, images_kwargs, labels, add_generation_prompt=not labels)
+        if not self.vision and (inputs.pixel_values is not None or inputs.pixel_values_videos is not None):
+            raise MinivlmError("the model was loaded without its vision part (vision=False), but a picture was given")
         return inputs.to(self.device, self.dtype)
 
     def generate(
