@@ -48,11 +48,10 @@ void backward_row(const RmsNormBackward& a, int64_t row, Acc<T>* grad_weight) {
   Acc<T> dot = 0;
 #pragma omp simd reduction(+ : dot)
   for (int64_t d = 0; d < a.width; d++) {
-    const Acc<T> normed = Acc<T>(T(Acc<T>(x[d]) * scale));
-    dot += Acc<T>(weight[d]) * Acc<T>(grad[d]) * normed;
-    grad_weight[d] += Acc<T>(grad[d]) * normed;
+    dot += Acc<T>(weight[d]) * Acc<T>(grad[d]) * Acc<T>(x[d]);
+    grad_weight[d] += Acc<T>(grad[d]) * Acc<T>(T(Acc<T>(x[d]) * scale));
   }
-  dot /= a.width;
+  dot *= scale / a.width;
   const T* grad_total = a.grad_total ? static_cast<const T*>(a.grad_total) + row * a.width : nullptr;
 #pragma omp simd
   for (int64_t d = 0; d < a.width; d++) {

@@ -79,18 +79,19 @@ inline bool release(size_t begin, size_t end, State barrier) {
   return true;
 }
 
+inline void prepare(Thread& thread, size_t i) {
+  thread.state = State::ready;
+  thread.shuffles = 0;
+  thread.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.get();
+  thread.context.uc_stack.ss_size = stack_bytes;
+  thread.context.uc_link = &scheduler;  // where it goes when the kernel returns
+  makecontext(&thread.context, run_body, 0);
+}
+
 inline void run_block() {
-  for (size_t i = 0; i < block_size; i++) {
-    Thread& thread = threads[i];
-    thread.state = State::ready;
-    thread.shuffles = 0;
-    thread.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = stack_bytes;
-    thread.context.uc_link = &scheduler;
-    makecontext(&thread.context, run_body, 0);
-  }
+  for (size_t i = 0; i < block_size; i++) prepare(threads[i], i);
   for (bool moved = true; moved;) {
     moved = false;
     for (size_t i = 0; i < block_size; i++) {
