@@ -44,9 +44,13 @@ class RopeConfig:
             raise MinivlmError(f"config.json asks for rope_scaling {kind!r}; known here: {', '.join(KINDS)}")
         if sections is not None and sum(sections) * 2 != head_dim:
             raise MinivlmError(f"mrope_section {sections} must add up to half the head width, {head_dim // 2}")
-        # Newer files repeat this number beside the scaling, older ones only inside it.
-        if "original_max_position_embeddings" in config:
-            scaling.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
+        lacking = [name for name in NEEDED.get(kind, ()) if name not in scaling]
+        if lacking:
+            raise MinivlmError(f"config.json asks for rope_scaling {kind!r} without {', '.join(lacking)}")
+        if kind in ("yarn", "longrope", "llama3"):
+            # The trained length stands beside the scaling, where it counts, or inside it, or nowhere.
+            name, trained = "original_max_position_embeddings", config["max_position_embeddings"]
+            scaling[name] = config.get(name) or scaling.get(name) or trained
         sections = sections and tuple(sections)
         return cls(head_dim, float(theta), config["max_position_embeddings"], kind, scaling, sections)
 
@@ -99,7 +103,7 @@ def _llama3(config: RopeConfig, length: int) -> tuple[Tensor, float]:
 def _yarn(config: RopeConfig, length: int) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023, §3.2): slow pairs interpolated, fast ones kept; attention sharper by 0.1 ln s + 1."""
     s, K = config.scaling, config.head_dim
-    original = s.get("original_max_position_embeddings") or config.max_position
+    original = s["original_max_position_embeddings"]
     factor = s.get("factor") or config.max_position / original
 
     def sharpening(mscale: float) -> float:
@@ -126,7 +130,7 @@ def _yarn(config: RopeConfig, length: int) -> tuple[Tensor, float]:
 def _longrope(config: RopeConfig, length: int) -> tuple[Tensor, float]:
     """LongRoPE (Ding et al. 2024): a searched factor per pair, one list within the original length, one beyond it."""
     s = config.scaling
-    original = s.get("original_max_position_embeddings") or config.max_position
+    original = s["original_max_position_embeddings"]
     per_pair = torch.tensor(s["long_factor"] if length > original else s["short_factor"], dtype=torch.float32)
     factor = s.get("factor") or config.max_position / original
     scale = s.get("attention_factor")
@@ -142,6 +146,12 @@ KINDS = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+}
+NEEDED = {  # numbers without a default
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
 GROWS_WITH_LENGTH = ("dynamic", "longrope")
 
