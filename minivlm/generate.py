@@ -220,7 +220,7 @@ class _Run:
         cache, logits, said = self._prefill()
         (B, V), device = logits.shape, logits.device
         if sampling.temperature > 0:
-            generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
+            generator = None if sampling.seed is None else torch.Generator().manual_seed(int(sampling.seed))
             numbers = torch.rand(sampling.max_new_tokens, B if generator is None else 1, 1, generator=generator)
             numbers = numbers.to(device, torch.float64)  # drawn in float32, so that none times a total is the total
         for i in range(sampling.max_new_tokens):
@@ -260,7 +260,7 @@ class _Run:
         while True:
             scores = logits.log_softmax(-1)  # (B·k, V)
             if said is not None:
-                scores = penalise(scores, said, penalty)
+                scores = penalise(scores, said, penalty)  # of log probabilities, as transformers does in beam search
             totals = torch.tensor([[beam.total for beam in row.alive] for row in rows], device=device)  # (B, k)
             totals, places = (scores.view(B, k, V) + totals[:, :, None]).flatten(1).topk(num_candidates)
             for row, row_totals, row_places in zip(rows, totals.tolist(), places.tolist(), strict=True):

@@ -7,6 +7,7 @@ or text here; those are in generate.py. Letters: B rows, V words that the head c
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,16 @@ class Sampling:
     min_p: float = 0.0  # keep words at least this many times as likely as the likeliest, in [0, 1]
     repetition_penalty: float = 1.0  # above 1: words of the prompt and of the answer so far become less likely
     num_beams: int = 1
-    stop: str | Sequence[str] | None = ()  # strings that end an answer; becomes a tuple
+    stop: str | Sequence[str] | None = ()  # strings that end an answer, sought in its own text; becomes a tuple
     seed: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        for name in ("max_new_tokens", "top_k", "num_beams"):
+            self._require(name, "a whole number", isinstance(vars(self)[name], Integral))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            self._require(name, "a number", isinstance(vars(self)[name], Real))
+        self._require("seed", "a whole number or None", self.seed is None or isinstance(self.seed, Integral))
         self._require("max_new_tokens", "at least 1", self.max_new_tokens >= 1)
         self._require("temperature", "0 (greedy) or a positive number", 0 <= self.temperature < math.inf)
         self._require("top_p", "above 0 and at most 1 (1 keeps every word)", 0 < self.top_p <= 1)

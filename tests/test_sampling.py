@@ -119,6 +119,7 @@ def test_draw_stays_inside_at_the_ends(number):
         {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}, {"top_k": -1}, {"min_p": -0.1}, {"min_p": 1.5},
         {"repetition_penalty": 0.0}, {"repetition_penalty": math.inf}, {"num_beams": 0}, {"seed": -1},
         {"seed": 2**63}, {"stop": ""}, {"stop": ["a", ""]}, {"stop": [3]},
+        {"max_new_tokens": 2.5}, {"top_k": None}, {"temperature": "0.5"}, {"top_p": None}, {"seed": 0.5},
     ],
     ids=str,
 )  # fmt: skip
