@@ -223,7 +223,7 @@ def test_open_image_equals_the_reference_in_every_mode(name, image):
         ("PNG", ["RGB", "L", "1", "P", "RGBA", "LA", "P clear", "RGB key", "I;16", "1 x 1", "1 x 20000"]),
         ("JPEG", ["RGB", "L", "CMYK", "20000 x 1"]),
         ("GIF", ["L", "P", "P clear"]),
-        ("TIFF", ["RGB", "CMYK", "RGBA", "I;16", "F", "YCbCr", "1"]),
+        ("TIFF", ["RGB", "CMYK", "RGBA", "I;16", "F", "1"]),
         ("WEBP", ["RGB", "RGBA"]),
         ("BMP", ["RGB", "P", "1"]),
         ("PPM", ["RGB", "L"]),
@@ -236,8 +236,9 @@ def test_open_image_equals_the_reference_from_every_kind_of_file(kind, names):
     Image.init()
     if kind not in Image.SAVE:  # older Pillow
         names = []
+    options = {"sizes": [(7, 5)]} if kind == "ICO" else {}  # its own begin at 16 x 16
     for name in names:
-        data = encode(dict(odd_pictures())[name], kind)
+        data = encode(dict(odd_pictures())[name], kind, **options)
         assert np.array_equal(np.asarray(open_image(data)), reference(Image.open(io.BytesIO(data)))), name
 
 
