@@ -185,11 +185,15 @@ def dispatch(args: dict) -> int:
     except MinivlmError as error:
         note(explain(error))
         return 2
-    if "dry_run" in args:
-        return dry_run(args)
+    question = None if args.keys() & {"batch", "chat"} else question_of(args)
     begun = time.perf_counter()
-    vlm = open_vlm(args)
+    vlm = open_vlm(args, weights="dry_run" not in args)
     load_seconds = time.perf_counter() - begun
+    if "dry_run" in args:
+        from minivlm.preview import preview
+
+        print(preview(vlm, question, args.get("max_new_tokens", Sampling().max_new_tokens)))
+        return 0
     if "batch" in args:
         from minivlm.batch import run_batch
 
@@ -198,10 +202,10 @@ def dispatch(args: dict) -> int:
         from minivlm.chat import Chat
 
         return Chat(vlm, sampling, args.get("system"), "debug" in args).run(args.get("prompt"), args.get("image", []))
-    return answer(vlm, question_of(args), sampling, args, load_seconds)
+    return answer(vlm, question, sampling, args, load_seconds)
 
 
-def open_vlm(args: dict, weights: bool = True):
+def open_vlm(args: dict, weights: bool):
     """The checkpoint that the arguments name, by default the bundled one."""
     from minivlm import ops
     from minivlm.vlm import load
@@ -215,7 +219,7 @@ def open_vlm(args: dict, weights: bool = True):
 def demo_checkpoint() -> Path:
     from minivlm.demo import DEMO_CHECKPOINT
 
-    note("no --ckpt: the bundled demo model answers. It knows posters of coloured shapes, short words and numbers only")
+    note("no --ckpt: the bundled demo model answers, which knows posters of shapes, words and numbers only")
     return DEMO_CHECKPOINT
 
 
@@ -289,13 +293,6 @@ def peak_memory(vlm) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def dry_run(args: dict) -> int:
-    from minivlm.preview import preview
-
-    print(preview(open_vlm(args, weights=False), question_of(args), args.get("max_new_tokens", 256)))
-    return 0
 
 
 def show_list() -> int:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "errors": 0,
     "ops": 1, "open_image": 1, "image_config": 1, "console": 1, "chat_template": 1, "sentencepiece": 1,
+    "text_stream": 1,
     "images": 2, "videos": 2, "text": 2, "layers": 2, "positions": 2, "cache": 2, "inputs": 2, "sampling": 2,
     "decoder": 3, "vit": 3, "fuse": 3, "conversation": 3,
     "models": 4,

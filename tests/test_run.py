@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from fake_vlm import FakeVLM
 
 from minivlm import run
 from minivlm.console import explain
+from minivlm.demo import DEMO_CHECKPOINT, DEMO_PICTURE
+from minivlm.demo.questions import describe
+from minivlm.demo.scene import HELD_OUT_SEEDS, draw_scene
+from minivlm.demo.world import BUNDLED
 from minivlm.errors import MinivlmError
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +28,7 @@ def command(monkeypatch, capsys):
 
     def command(*argv):
         command.vlm = FakeVLM()
-        monkeypatch.setattr(run, "open_vlm", lambda _args: command.vlm)
+        monkeypatch.setattr(run, "open_vlm", lambda *_, **__: command.vlm)
         try:
             code = run.main(list(argv))
         except SystemExit as stop:  # argparse
@@ -40,7 +45,7 @@ def asked(command):
     return [part.get("text", part.get("image")) for part in messages[-1]["content"]], sampling
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
+# --- what is asked ---------------------------------------------------------------------------------------------------
 
 
 def test_the_answer_goes_to_stdout_and_nothing_else_does(command):
@@ -105,7 +110,7 @@ def test_raw_prompt_is_a_prompt():
     assert (prompt.text, prompt.images) == ("<image>\nA", ["a.png"])
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- what is shown ---------------------------------------------------------------------------------------------------
 
 
 def test_json_is_one_object_and_nothing_else(command):
@@ -146,7 +151,7 @@ def test_every_flag_of_the_examples_exists():
     assert words <= known and len(words) > 8
 
 
-# --- how it ends ------------------------------------------------------------------------------------------------------
+# --- how it ends -----------------------------------------------------------------------------------------------------
 
 USAGE_ERRORS = [
     "--ckpt",
@@ -210,11 +215,63 @@ def test_out_of_memory_says_what_to_try():
     assert explain(MinivlmError("two\nlines")) == "two lines"
 
 
+# --- the real thing --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answered(capsys):
+    """What the bundled model says, in this process: (stdout, stderr)."""
+
+    def answered(*argv):
+        assert run.main(list(argv)) == 0
+        return capsys.readouterr()
+
+    return answered
+
+
+def test_the_bundled_model_describes_the_bundled_picture(answered):
+    scene = draw_scene(HELD_OUT_SEEDS[BUNDLED["shapes.png"]])
+    assert answered()[0] == describe(scene) + "\n"
+
+
+def test_json_and_text_are_the_same_answer(answered):
+    shown = json.loads(answered("--json", "--max-new-tokens", "5")[0])
+    assert answered("--max-new-tokens", "5")[0] == shown["text"] + "\n"
+    assert (shown["finish_reason"], len(shown["token_ids"])) == ("length", 5)
+
+
+def test_show_prompt_counts_the_picture_s_tokens(answered):
+    flags = ["-p", "How many <image> shapes?", "--max-new-tokens", "1"]
+    _, err = answered("--show-prompt", *flags)
+    count = int(err.split("<image>×")[1].split()[0])
+    token_ids = json.loads(answered("--json", *flags)[0])["prompt_token_ids"]
+    assert max(token_ids.count(token_id) for token_id in set(token_ids)) == count
+    assert "How many <image> shapes?" in err  # typed by the user: text, and without a number
+
+
+def test_dry_run_draws_the_tiles_and_counts_tokens(answered):
+    out, _ = answered("--dry-run", "-p", "How many?")
+    token_ids = json.loads(answered("--json", "-p", "How many?", "--max-new-tokens", "1")[0])["prompt_token_ids"]
+    assert "+---+---+" in out and "picture 1: 336 × 336 pixels" in out
+    assert f"prompt: {len(token_ids)} tokens; the answer may add 256" in out
+
+
+def test_dry_run_reads_no_weights(answered, tmp_path):
+    for file in DEMO_CHECKPOINT.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    out, _ = answered("--dry-run", "--ckpt", str(tmp_path), "--image", str(DEMO_PICTURE))
+    assert "MiB for the weights" in out
+
+
+# --- in a process of its own -----------------------------------------------------------------------------------------
+
+
 def start(*argv, **streams):
     """The command in a process of its own, with the fake model."""
     script = (
         "import sys, fake_vlm; from minivlm import run;"
-        "run.open_vlm = lambda _: fake_vlm.FakeVLM(); sys.exit(run.main())"
+        "run.open_vlm = lambda *_, **__: fake_vlm.FakeVLM(); sys.exit(run.main())"
     )
     path = f"{ROOT / 'tests'}{os.pathsep}{ROOT}"
     return subprocess.Popen([sys.executable, "-c", script, *argv], env={**os.environ, "PYTHONPATH": path}, **streams)
