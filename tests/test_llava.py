@@ -47,6 +47,10 @@ CONFIGS = {  # what published files of this kind vary
     "grouped heads, tied": {
         "text_config": tiny.TEXTS["llama3"] | {"tie_word_embeddings": True}, "tie_word_embeddings": True,
     },
+    "siglip, qwen": {
+        "vision_config": tiny.SIGLIP | {"image_size": 40}, "vision_feature_select_strategy": "full",
+        "text_config": tiny.TEXTS["qwen2"],
+    },
     "mistral with a window": {"text_config": tiny.TEXTS["mistral"] | {"sliding_window": 6}},
 }  # fmt: skip
 
@@ -84,6 +88,22 @@ def test_pixels_and_ids_equal_transformers(checkpoints, size):
     ours, theirs = vlm.preprocess([talk]), their_inputs(checkpoint.processor, [talk])
     assert torch.equal(ours.pixel_values, theirs["pixel_values"])
     assert torch.equal(ours.input_ids, theirs["input_ids"])
+
+
+def test_a_rendered_prompt_has_the_ids_of_transformers(checkpoints):
+    checkpoint, vlm = checkpoints()
+    for text in ("<image>\nA photo of", "<s>USER: <image> <image>ASSISTANT:", "No picture"):
+        pictures = [picture(47, 91), picture(9, 8)][: text.count("<image>")]
+        theirs = checkpoint.processor(
+            text=text, images=pictures or None, return_tensors="pt", add_special_tokens=not text.startswith("<s>")
+        )
+        assert torch.equal(vlm.preprocess([minivlm.Prompt(text, pictures)]).input_ids, theirs["input_ids"])
+
+
+def test_a_folder_without_a_template_gets_the_published_one(checkpoints, tmp_path):
+    checkpoint, vlm = checkpoints()
+    other = load(tiny.variant(checkpoint.folder, tmp_path / "bare", drop=["chat_template*"]))
+    assert torch.equal(other.preprocess(TALKS).input_ids, vlm.preprocess(TALKS).input_ids)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -235,6 +255,14 @@ def test_the_token_count_is_what_the_tower_gives(checkpoints, name):
     assert len(tokens) == int((inputs.input_ids == vlm.model.config.image_token_id).sum())
 
 
+def test_a_placeholder_without_its_picture_is_an_error(checkpoints):
+    _, vlm = checkpoints()
+    inputs = vlm.preprocess([TALKS[0]])
+    inputs.pixel_values = None
+    with pytest.raises(MinivlmError, match="25 image placeholders.* 0 image tokens"):
+        vlm.model(inputs)
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +293,25 @@ def test_transformers_reads_what_we_save(checkpoints, tmp_path, name):
     theirs = their_inputs(checkpoint.processor, TALKS)
     assert close(their_logits(reload(tmp_path / "saved"), theirs), their_logits(checkpoint.theirs, theirs), atol=1e-6)
     assert our_logits(load(tmp_path / "saved"), vlm.preprocess(TALKS)).equal(our_logits(vlm, vlm.preprocess(TALKS)))
+
+
+def test_a_packed_bf16_model_answers_alike_and_saves_what_it_loaded(checkpoints, tmp_path):
+    checkpoint, vlm = checkpoints()
+    packed = minivlm.load(checkpoint.folder, device="cpu", dtype="bfloat16")
+    assert packed.model.language_model.lm_head.packed is not None
+    ours = our_logits(packed, packed.preprocess(TALKS))
+    wanted = our_logits(vlm, vlm.preprocess(TALKS))
+    assert (ours - wanted).abs().mean() < 0.05 < wanted.abs().mean() / 10
+    packed.save(tmp_path / "saved")
+    saved = load(tmp_path / "saved").model.state_dict()
+    assert all(torch.equal(saved[name], p.bfloat16().float()) for name, p in vlm.model.state_dict().items())
+
+
+def test_without_its_vision_weights_a_model_reads_text_alike(checkpoints):
+    checkpoint, vlm = checkpoints()
+    blind = minivlm.load(checkpoint.folder, device="cpu", dtype="float32", vision=False)
+    assert torch.equal(our_logits(blind, blind.preprocess([TALKS[1]])), our_logits(vlm, vlm.preprocess([TALKS[1]])))
+    assert all(p.is_meta for p in blind.model.vision_tower.parameters())
 
 
 DAMAGE = {

@@ -167,21 +167,21 @@ def test_another_number_in_the_config_breaks_parity(checkpoints, tmp_path, chang
     assert not close(our_logits(vlm, vlm.preprocess(TALKS)), theirs, atol=1e-3)
 
 
-def column_by_column(tiles, grid, size, newline, original=arrange):
+def column_by_column(tiles, grid, *rest):
     rows, columns = grid
     turned = tiles[1:].unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
-    return original(torch.cat([tiles[:1], turned]), grid, size, newline)
+    return arrange(torch.cat([tiles[:1], turned]), grid, *rest)
 
 
 TRAPS = {
-    "no newline": lambda tiles, grid, size, newline, original=arrange: original(tiles, grid, size, 0 * newline),
-    "the overview behind the tiles": lambda *args, original=arrange: original(*args).roll(-25, 0),
-    "the newline in front of its row": lambda *args, original=arrange: original(*args).roll(1, 0),
+    "no newline": lambda tiles, grid, size, newline, *rest: arrange(tiles, grid, size, 0 * newline, *rest),
+    "the overview behind the tiles": lambda *args: arrange(*args).roll(-25, 0),
+    "the newline in front of its row": lambda *args: arrange(*args).roll(1, 0),
     "tiles column by column": column_by_column,
-    "patches column by column": lambda tiles, *args, original=arrange: original(
-        tiles.unflatten(1, (5, 5)).transpose(1, 2).flatten(1, 2), *args
+    "patches column by column": lambda tiles, *rest: arrange(
+        tiles.unflatten(1, (5, 5)).transpose(1, 2).flatten(1, 2), *rest
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("trap", TRAPS)
@@ -204,6 +204,12 @@ def test_a_dropped_mask_breaks_parity(checkpoints, monkeypatch):
     theirs = their_logits(checkpoint.theirs, their_inputs(checkpoint.processor, TALKS))
     monkeypatch.setattr(decoder, "causal_mask", lambda *_: None)
     assert not close(our_logits(vlm, vlm.preprocess(TALKS)), theirs, atol=1e-3)
+
+
+def test_a_folder_without_a_template_gets_vicunas(checkpoints, tmp_path):
+    checkpoint, vlm = checkpoints()
+    other = load(tiny.variant(checkpoint.folder, tmp_path / "bare", drop=["chat_template*"]))
+    assert torch.equal(other.preprocess(TALKS).input_ids, vlm.preprocess(TALKS).input_ids)
 
 
 # --- metamorphic ------------------------------------------------------------------------------------------------------

@@ -8,12 +8,11 @@ from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
 from minivlm.errors import MinivlmError
 from minivlm.vit import ViT, ViTConfig, num_features, of_tower_size
 
-SIGLIP = tiny.CLIP | {"model_type": "siglip_vision_model", "image_size": 43, "vision_use_head": False}  # 43 = 5 · 8 + 3
 CONFIGS = {
     "clip": tiny.CLIP,
     "clip, other numbers": tiny.CLIP | {"hidden_act": "gelu", "layer_norm_eps": 1e-3, "num_attention_heads": 4},
-    "siglip": SIGLIP,
-    "siglip, other numbers": SIGLIP | {"hidden_act": "gelu", "layer_norm_eps": 1e-3, "image_size": 48},
+    "siglip": tiny.SIGLIP,
+    "siglip, other numbers": tiny.SIGLIP | {"hidden_act": "gelu", "layer_norm_eps": 1e-3, "image_size": 48},
 }
 
 

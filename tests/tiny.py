@@ -50,6 +50,7 @@ CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 4,
     "num_attention_heads": 2, "image_size": 40, "patch_size": 8, "projection_dim": 16,
 }  # fmt: skip
+SIGLIP = CLIP | {"model_type": "siglip_vision_model", "image_size": 43, "vision_use_head": False}  # 43 = 5 · 8 + 3
 TOKENIZERS = {  # style: (the tokenizer, names of the special tokens)
     "llama": lambda: (tokenizers_tiny.llama(), "llama"),
     "llama3": lambda: (tokenizers_tiny.llama3(added=("<image>",)), "llama3"),
@@ -76,10 +77,11 @@ def make(folder, config, style, template, preprocessor, seed=0):
     save_tensors(tensors_of(theirs), folder)
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", preprocessor)
-    # Two numbers that their processor takes from here and ours from the model's config.
-    ours_too = {"patch_size": config["vision_config"]["patch_size"], "num_additional_image_tokens": 1}
-    strategy = {"vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default")}
-    write_json(folder / "processor_config.json", {**ours_too, **strategy})
+    # What their processor takes from here, and ours from the model's config.
+    vision, strategy = config["vision_config"], "vision_feature_select_strategy"
+    class_tokens = int(vision["model_type"] == "clip_vision_model")
+    counts = {"patch_size": vision["patch_size"], "num_additional_image_tokens": class_tokens}
+    write_json(folder / "processor_config.json", {**counts, strategy: config.get(strategy, "default")})
     return Checkpoint(folder, theirs, transformers.AutoProcessor.from_pretrained(folder, backend="pil"))
 
 

@@ -101,7 +101,8 @@ class Model(nn.Module):
         """Token embeddings `(B, T, D)`, with image tokens in the place of their placeholders."""
         is_image = inputs.input_ids == self.config.llava.image_token_id
         x = self.language_model.embed_tokens(inputs.input_ids.masked_fill(is_image, 0))
-        return x if inputs.pixel_values is None else fuse(x, is_image, self.encode_images(inputs))
+        tokens = x.new_empty(0, x.shape[-1]) if inputs.pixel_values is None else self.encode_images(inputs)
+        return fuse(x, is_image, tokens)  # a placeholder without a picture is an error, too
 
     def forward(self, inputs: Inputs, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """Logits `(B, T, V)` float32; `(B, 1, V)` with `last_only`, which is all that generation needs."""
