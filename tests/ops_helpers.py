@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from minivlm import ops
+from minivlm.ops.backend import why_not
 
 BACKENDS = ("reference", "cpu", "emulated", "cuda")
 backends = pytest.mark.parametrize(
@@ -26,8 +27,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-9, to
 @contextmanager
 def on(backend):
     """Run the ops on this backend, and make tensors on its device."""
-    if backend not in ops.backends():  # compiles, the first time
-        pytest.skip(f"the {backend} kernels are not there; python -m minivlm.ops says why")
+    reason = why_not("minivlm_emulated" if backend == "emulated" else "minivlm")  # compiles, the first time
+    if backend != "reference" and reason:
+        pytest.skip(reason)
     with ops.use(backend), torch.device("cuda" if backend == "cuda" else "cpu"):
         yield
 

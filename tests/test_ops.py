@@ -174,7 +174,7 @@ def test_builds_of_other_sources_or_compilers_live_in_other_folders(tmp_path, mo
     monkeypatch.setenv("CXX", "/usr/bin/env")
     assert build.folder("minivlm") != before
     monkeypatch.undo()
-    (tmp_path / "rms_norm.cpp").write_text("// other")
+    (tmp_path / "other.h").write_text("")
     monkeypatch.setattr(build, "CSRC", tmp_path)
     assert build.folder("minivlm") != before
 

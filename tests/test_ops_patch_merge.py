@@ -27,10 +27,11 @@ def arguments(cells, merge, C, dtype, seed):
 def test_patch_merge_equals_reference(backend, cells, merge, C, dtype, layout, seed):
     with on(backend):
         x, grids, weight, bias = arguments(cells, merge, C, dtype, seed)
-        ours = ops.patch_merge(laid_out(x, layout), grids, merge, weight, bias, EPS)
+        elsewhere = laid_out(x, layout)
+        ours = ops.patch_merge(elsewhere, grids, merge, weight, bias, EPS)
         theirs = patch_merge_reference(x, grids, merge, weight, bias, EPS)
         close(ours, theirs)
-        assert torch.equal(ours, ops.patch_merge(x, grids.to(x.device), merge, weight, bias, EPS))
+        assert torch.equal(ours, ops.patch_merge(elsewhere, grids.to(x.device), merge, weight, bias, EPS))
 
 
 @kernels

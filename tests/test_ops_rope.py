@@ -89,7 +89,7 @@ def test_apply_rope_gradcheck(backend):
         inv_freq = frequencies(8)
         assert torch.autograd.gradcheck(lambda q, k: ops.apply_rope(q, k, positions, inv_freq, [1, 2, 1], 1.5), (q, k))
         (ops.apply_rope(q, k, positions, inv_freq, [1, 2, 1])[0] ** 2).sum().backward()  # k's output is not used
-        assert q.grad is not None and k.grad is not None and not k.grad.any()
+        assert q.grad is not None and (k.grad is None or not k.grad.any())
 
 
 @backends

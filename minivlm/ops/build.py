@@ -88,7 +88,7 @@ def flags(library: str, native: bool) -> list[str]:
 def folder(library: str) -> Path:
     """Where builds of exactly these sources for exactly this torch, toolkit and processor live."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    parts = [_sources_hash(), torch.__version__, compiler() or "", _processor(), *flags(library, native=True)]
+    parts = [_sources_hash(library), torch.__version__, compiler() or "", _processor(), *flags(library, native=True)]
     if with_cuda():
         parts += [str(torch.version.cuda), architectures()]
     return Path(root) / f"{library}-{_short_hash(parts)}"
@@ -96,7 +96,7 @@ def folder(library: str) -> Path:
 
 def ahead_of_time_name() -> str:
     """The module that setup.py builds. The hash makes a stale one, of older sources or another torch, invisible."""
-    return f"_kernels_{_short_hash([_sources_hash(), torch.__version__, str(torch.version.cuda)])}"
+    return f"_kernels_{_short_hash([_sources_hash(LIBRARIES[0]), torch.__version__, str(torch.version.cuda)])}"
 
 
 def _build(library: str) -> Path:
@@ -165,8 +165,12 @@ def _lock(path: Path):
         yield
 
 
-def _sources_hash() -> str:
-    files = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
+def _sources_hash(library: str) -> str:
+    """Of the sources and of every header they could include."""
+    folders = {Path(source).parent for source in sources(library)} | {CSRC}
+    folders |= {CSRC / "cuda"} if library == "minivlm_emulated" else set()
+    headers = [path for folder in folders for path in folder.iterdir() if path.suffix in (".h", ".cuh", ".cu")]
+    files = sorted({*headers, *map(Path, sources(library))})
     return _short_hash([f"{path.relative_to(CSRC)}\n{path.read_text()}" for path in files])
 
 
