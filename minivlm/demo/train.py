@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -31,6 +32,9 @@ CANVASES = [[144, 144], [72, 144], [144, 72]]  # (height, width) in pixels
 # Longer sides of training pictures in pixels; at LONG_SIDE nothing has to be resized. Users' pictures are larger.
 SIDES = (LONG_SIDE, LONG_SIDE, 2 * LONG_SIDE, 216, 180, 336)
 
+EXTRA_SIGNS = 12  # other posters whose signs the first stage tries to fit into each of its own
+OTHER_SEEDS = TRAIN_SEEDS[len(TRAIN_SEEDS) // 2 :]
+SIGN = CLASS_NAMES.index("sign")  # this class and those behind it are signs and letters
 TURNS = 6  # questions per picture: most of the work is looking, so ask as much as possible about each
 
 # ChatML, as in llava-v1.6-34b and llava-next-72b.
@@ -170,25 +174,44 @@ class Patches(Dataset):
     def __getitem__(self, index: int):
         pixels, targets = [], []
         for seed in TRAIN_SEEDS[index * self.batch_size : (index + 1) * self.batch_size]:
-            scene = draw_scene(seed)
-            picture = render(scene, scene.height, scene.width)
+            picture, labels = signposts(seed)
             pixels.append(anyres_tiles(picture, self.images))
-            targets.append(self.classes_of_patches(scene))
+            targets.append(classes_of_patches(labels))
         return torch.cat(pixels), torch.cat(targets)
 
-    @staticmethod
-    def classes_of_patches(scene) -> Tensor:
-        canvas = np.zeros((LONG_SIDE, LONG_SIDE), np.uint8)
-        height, width = fitted_size((scene.height, scene.width), (LONG_SIDE, LONG_SIDE))
-        top, left = (LONG_SIDE - height) // 2, (LONG_SIDE - width) // 2
-        canvas[top : top + height, left : left + width] = label_map(scene, height, width)
-        tiles = canvas.reshape(2, TILE, 2, TILE).swapaxes(1, 2).reshape(4, TILE, TILE)
-        overview = label_map(scene, LONG_SIDE, LONG_SIDE)[::2, ::2]  # the whole picture squashed to one tile
-        views = torch.from_numpy(np.concatenate([overview[None], tiles])).long()  # (5, TILE, TILE)
-        side = TILE // PATCH
-        patches = views.view(-1, side, PATCH, side, PATCH).transpose(2, 3).reshape(len(views), side * side, -1)
-        counts = torch.zeros(*patches.shape[:2], len(CLASS_NAMES)).scatter_add_(2, patches, torch.ones(patches.shape))
-        return (counts >= 0.1 * PATCH * PATCH).float()  # (5, P, classes)
+
+def signposts(seed: int) -> tuple[Image.Image, np.ndarray]:
+    """A poster with the signs of other posters added where there is room: letters are small, and one sign in every
+    second picture would take ten times as long to learn to read. Returns the picture and its label map, at LONG_SIDE
+    pixels."""
+    scene = draw_scene(seed)
+    size = (scene.height, scene.width)
+    picture, labels = np.array(render(scene, *size)), label_map(scene, *size).copy()
+    for other_seed in range(seed * EXTRA_SIGNS, (seed + 1) * EXTRA_SIGNS):
+        other = draw_scene(OTHER_SEEDS[other_seed])
+        if other.sign is None or (other.height, other.width) != size:
+            continue
+        other_labels = label_map(other, *size)
+        rows, columns = np.nonzero(other_labels >= SIGN)
+        box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+        if not labels[box].any():
+            picture[box], labels[box] = np.array(render(other, *size))[box], other_labels[box]
+    return Image.fromarray(picture), labels
+
+
+def classes_of_patches(labels: np.ndarray) -> Tensor:
+    """Label map (height, width) → `(5, P, classes)`: 1 where a class covers a tenth of a patch of overview and tiles."""
+    canvas = Image.fromarray(labels)
+    overview = np.array(canvas.resize((TILE, TILE), Image.Resampling.NEAREST))
+    height, width = fitted_size(labels.shape, (LONG_SIDE, LONG_SIDE))
+    top, left = (LONG_SIDE - height) // 2, (LONG_SIDE - width) // 2
+    canvas = canvas.crop((-left, -top, LONG_SIDE - left, LONG_SIDE - top))
+    tiles = np.array(canvas).reshape(2, TILE, 2, TILE).swapaxes(1, 2).reshape(4, TILE, TILE)
+    views = torch.from_numpy(np.concatenate([overview[None], tiles])).long()  # (5, TILE, TILE)
+    side = TILE // PATCH
+    patches = views.view(5, side, PATCH, side, PATCH).transpose(2, 3).reshape(5, side * side, PATCH * PATCH)
+    counts = torch.zeros(5, side * side, len(CLASS_NAMES)).scatter_add_(2, patches, torch.ones(patches.shape))
+    return (counts >= 0.1 * PATCH * PATCH).float()
 
 
 class PatchReader(nn.Module):
@@ -209,7 +232,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m minivlm.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--see", type=int, default=1200, help="steps of the first stage (default: %(default)s)")
-    parser.add_argument("--talk", type=int, default=3800, help="steps of the second stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=1500, help="steps of the second stage (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak (default: %(default)s)")
     args = parser.parse_args()
@@ -227,7 +250,15 @@ def main():
     fit(reader, seen, reader.loss, args.learning_rate, work / "see.pt", name="seeing")
 
     talks = Talks(processor, args.talk, args.batch_size, first_seed=args.see * args.batch_size)
-    fit(model, talks, lambda batch: next_token_loss(model, batch), args.learning_rate, work / "talk.pt", name="talking")
+    fit(
+        model,
+        talks,
+        lambda batch: next_token_loss(model, batch),
+        args.learning_rate,
+        work / "talk.pt",
+        slow={"vision_tower": 0.1},  # at full speed, the language model's first gradients, all noise, would blind it
+        name="talking",
+    )
     save_weights(model.half(), args.out, llava_next.KEYS)
     shutil.rmtree(work)
 
