@@ -9,7 +9,8 @@ Ids equal transformers' for the same files. No model is known here: what a token
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -63,26 +64,26 @@ class Tokenizer:
             listed = read_json(folder / "added_tokens.json")
             config["added_tokens_decoder"] = {index: {"content": token} for token, index in listed.items()}
         if (folder / "tokenizer.json").is_file():
-            path = folder / "tokenizer.json"
             flags = ("add_bos_token", "add_eos_token")  # transformers, too, passes over them where there is this file
             config = {key: value for key, value in config.items() if key not in flags}
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(path))
-            except Exception as error:  # the library raises nothing more precise
-                raise MinivlmError(f"{path} is not a tokenizer ({one_line(error)}); download it again") from error
+            with _reading(folder / "tokenizer.json"):
+                backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+                backend.encode("a")
         elif (folder / "tokenizer.model").is_file():
             backend, defaults = read_tokenizer_model(folder / "tokenizer.model")
             config = defaults | config
         else:
             raise MinivlmError(f"{folder} has no tokenizer.json and no tokenizer.model; download one of them")
-        missing = [token for token in extra_tokens if backend.token_to_id(token) is None]
-        backend.add_special_tokens([AddedToken(token, normalized=False) for token in missing])
         try:
-            return cls(backend, config)
+            tokenizer = cls(backend, config)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise MinivlmError(
                 f"{folder / 'tokenizer_config.json'} is malformed ({one_line(error)}); download it again"
             ) from error
+        # After those that the files declare, which have their ids from there.
+        missing = [token for token in extra_tokens if backend.token_to_id(token) is None]
+        backend.add_special_tokens([AddedToken(token, normalized=False) for token in missing])
+        return tokenizer
 
     def _add_declared_tokens(self, declared: dict) -> None:
         """Adds the tokens that tokenizer_config.json declares and the tokenizer lacks, at the ids it gives them."""
@@ -248,7 +249,8 @@ class Tokenizer:
             kinds = sorted({_flags(token) for token in self._added.values()})
             stand_ins = {flags: a + b * n + a for n, flags in enumerate(kinds)}
             twin = json.loads(self.backend.to_str()) | {"added_tokens": [], "post_processor": None}
-            backend = tokenizers.Tokenizer.from_str(json.dumps(twin))
+            with _reading("tokenizer.json"):  # of two tokens with the same id, for example, one was not written
+                backend = tokenizers.Tokenizer.from_str(json.dumps(twin))
             for (lstrip, rstrip, normalized), literal in stand_ins.items():
                 backend.add_tokens([AddedToken(literal, lstrip=lstrip, rstrip=rstrip, normalized=normalized)])
             self._plain = {a: (stand_ins, backend)}
@@ -257,6 +259,17 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> dict[str, tuple]:
         return {}
+
+
+@contextmanager
+def _reading(what: str | Path) -> Iterator[None]:
+    """The library's errors have no class of their own, and its panics over damaged files are not even Exceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise MinivlmError(f"{what} is damaged ({one_line(error)}); download it again") from error
 
 
 def _flags(token: AddedToken) -> tuple[bool, bool, bool]:

@@ -32,9 +32,9 @@ SETTINGS = {
     "own control tokens": {**LLAMA, "control_symbols": ["<|im_start|>", "<|im_end|>"]},
 }
 FRAGMENTS = [
-    "hello", " ", "  ", "   ", "\n", "\t", "\r\n", "object", " the ", "return None", "aaaa", "1234", "...", "<0x0A>", "ß",
+    "hello", " ", "  ", "   ", "\n", "\t", "\r\n", "object", " the ", "return None", "aaaa", "1234", "...", "<0x0A>",
     "</", "Ünï", "你好", "🙂", "👍🏽", "e\u0301", "ﬁ", "½", "\u200b", "\ufeff", "\x00", "\x7f", "▁", "▁▁",
-    "\u3000", "\xa0", "Ａ", "x" * 20, "\U000f0000", "İ",
+    "\u3000", "\xa0", "Ａ", "x" * 20, "\U000f0000", "ß", "İ",
 ]  # fmt: skip
 
 
