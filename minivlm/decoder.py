@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minivlm import ops
 from minivlm.cache import KVCache, causal_mask
 from minivlm.errors import MinivlmError
-from minivlm.layers import GatedMLP, Linear, RMSNorm, TiedHead, activation, attention
+from minivlm.layers import GatedMLP, Linear, RMSNorm, TiedHead, activation, attention, embedding
 from minivlm.positions import Rope, RopeConfig, text_positions
 
 # What the hub's sparse text configs leave out, per `model_type`. Source: transformers' configuration classes
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         """`layers` replaces the stack of plain ones, for families with layers of their own."""
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers or [DecoderLayer(config, i) for i in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if config.tied:

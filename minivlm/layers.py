@@ -38,6 +38,11 @@ def activation(name: str):
     return ACTIVATIONS[name]
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """A table without the random numbers torch would put into it (and, on the meta device, import 800 modules for)."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 class Linear(nn.Module):
     """y = x Wᵀ + b, with a second, faster form of the same weight for bfloat16 inference on a CPU.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.errors import MinivlmError
-from minivlm.layers import MLP, Linear, activation, attention
+from minivlm.layers import MLP, Linear, activation, attention, embedding
 
 # What sparse vision configs leave out, per `model_type`. Source: transformers' CLIPVisionConfig and SiglipVisionConfig.
 DEFAULTS = {
@@ -97,7 +97,7 @@ class Embeddings(nn.Module):
         D, p, N = config.hidden_size, config.patch_size, config.grid_side**2
         self.class_embedding = nn.Parameter(torch.empty(D)) if config.class_token else None
         self.patch_embedding = nn.Conv2d(config.num_channels, D, p, stride=p, bias=config.patch_bias)
-        self.position_embedding = nn.Embedding(N + config.class_token, D)
+        self.position_embedding = embedding(N + config.class_token, D)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (I, N, D)

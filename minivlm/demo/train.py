@@ -200,7 +200,7 @@ def signposts(seed: int) -> tuple[Image.Image, np.ndarray]:
 
 
 def classes_of_patches(labels: np.ndarray) -> Tensor:
-    """Label map (height, width) → `(5, P, classes)`: 1 where a class covers a tenth of a patch of overview and tiles."""
+    """Label map (height, width) → `(5, P, classes)`, overview and tiles: 1 where a class covers a tenth of a patch."""
     canvas = Image.fromarray(labels)
     overview = np.array(canvas.resize((TILE, TILE), Image.Resampling.NEAREST))
     height, width = fitted_size(labels.shape, (LONG_SIDE, LONG_SIDE))
