@@ -1,4 +1,4 @@
-"""The demo world (`world.py`), what is measured on it (`evaluate.py`), and the tiny models trained on it (`train.py`)."""
+"""The demo world (`world.py`), the tiny models trained on it (`train.py`), and how well they do (`evaluate.py`)."""
 
 from pathlib import Path
 
