@@ -14,9 +14,10 @@ from minivlm import generate as generation
 from minivlm.errors import MinivlmError
 from minivlm.hub import resolve
 from minivlm.inputs import Inputs, Prompt
-from minivlm.models import MODULES
+from minivlm.models import MODULES, llava_original
+from minivlm.models.llava_original import Original
 from minivlm.sampling import Sampling
-from minivlm.weights import load_weights, read_config, read_json, save_weights, stored_dtype
+from minivlm.weights import load_weights, read_config, read_headers, read_json, save_weights, stored_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,6 +51,10 @@ def load(
     """
     folder = resolve(name, revision, offline, weights=weights)
     config = read_config(folder)
+    original, tower = None, None
+    if llava_original.is_original(config):
+        original, tower = open_original(folder, config, offline, weights and vision)
+        config = original.config
     model_type = config["model_type"]
     if model_type not in MODULES:
         raise MinivlmError(f"{folder} is a {model_type!r} model; minivlm knows {', '.join(MODULES)}")
@@ -57,14 +62,43 @@ def load(
     device = pick_device(device)
     with torch.device("meta"):
         model = family.Model.from_config(config)
-    skip = [] if vision else [prefix for prefix in family.KEYS if prefix.startswith(VISION_PREFIXES)]
+    keys = llava_original.KEYS if original else family.KEYS
+    skip = [] if vision else [prefix for prefix in keys if prefix.startswith(VISION_PREFIXES)]
     if weights:
         dtype = pick_dtype(dtype, device, folder)
-        load_weights(model, folder, family.KEYS, dtype, device, skip=[*skip, *tied_head(model)])
+        elsewhere = ["vision_tower"] if tower else []
+        load_weights(model, folder, keys, dtype, device, skip=[*skip, *tied_head(model), *elsewhere])
+        if tower:
+            tower_keys, others = llava_original.TOWER_KEYS, llava_original.NOT_TOWER
+            load_weights(model.vision_tower, tower, tower_keys, dtype, device, skip=others)
     model.eval().requires_grad_(False)
-    processor = family.Processor.from_folder(folder, config)
+    if original:
+        processor = family.Processor(model.config, original.tokenizer, original.template, original.images)
+    else:
+        processor = family.Processor.from_folder(folder, config)
     eos_ids = stop_ids(folder, config, processor.tokenizer)
     return VLM(model, processor, eos_ids, device, family.KEYS, folder, vision)
+
+
+def open_original(folder: Path, config: dict, offline: bool, weights: bool) -> tuple[Original, Path | None]:
+    """An original LLaVA checkpoint, and the folder of its vision tower where the weights must come from there.
+
+    1.5 has no tower inside. 1.6 has, but not its sizes: those come from the tower's own place, if it is on disk; else
+    minivlm knows them of the usual one. `weights=False`: the sizes are enough.
+    """
+    name = llava_original.tower_name(config)
+    outside = weights and not any(tensor.startswith(llava_original.INSIDE) for tensor in read_headers(folder))
+    known = name == llava_original.KNOWN_TOWER
+    try:
+        tower = resolve(name, offline=offline or (known and not outside), relative_to=folder, weights=outside)
+    except MinivlmError as error:
+        if outside:
+            told = f"{folder} has no vision tower of its own, and mm_vision_tower cannot be opened: {error}"
+            raise MinivlmError(told) from error
+        if not known:
+            raise
+        tower = None
+    return llava_original.read(folder, config, tower), tower if outside else None
 
 
 # What `vision=False` leaves out, under our own names.

@@ -31,7 +31,7 @@ FLOORS = {
 }  # fmt: skip
 
 # In the order of their papers: a model may use functions of an earlier one.
-MODELS = ("llava", "video_llava", "llava_next", "llava_onevision", "qwen2_vl", "mllama")
+MODELS = ("llava", "video_llava", "llava_next", "llava_original", "llava_onevision", "qwen2_vl", "mllama")
 
 MODULES = {*FLOORS, *MODELS}
 

@@ -79,6 +79,7 @@ class LlavaConfig:
     drop_class_token: bool
     projector_act: str
     projector_bias: bool
+    projector_depth: int  # linear layers; the hub's models have two, and no field for it
 
     @classmethod
     def from_hf(cls, config: dict) -> "LlavaConfig":
@@ -102,6 +103,7 @@ class LlavaConfig:
             drop_class_token=strategy == "default",
             projector_act=config.get("projector_hidden_act", "gelu"),
             projector_bias=config.get("multimodal_projector_bias", True),
+            projector_depth=config.get("projector_depth", 2),
         )
 
 
@@ -113,7 +115,8 @@ def is_tied(config: dict) -> bool:
 
 def make_projector(config: LlavaConfig) -> Projector:
     width = config.vision.hidden_size * len(config.feature_layers)
-    return Projector(width, config.text.hidden_size, activation(config.projector_act), config.projector_bias)
+    act = activation(config.projector_act)
+    return Projector(width, config.text.hidden_size, act, config.projector_bias, config.projector_depth)
 
 
 def image_defaults(config: LlavaConfig) -> dict:

@@ -56,6 +56,7 @@ TEMPLATE = (
 class LlavaNextConfig:
     llava: LlavaConfig
     pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels that a picture may be fitted into
+    round_unpadding: bool  # how many lines of patches a picture fills: int(round(x, 7)), or int(x) as the originals do
 
     @classmethod
     def from_hf(cls, config: dict) -> "LlavaNextConfig":
@@ -63,7 +64,8 @@ class LlavaNextConfig:
         if base.vision.class_token and not base.drop_class_token:
             raise MinivlmError("config.json: with a class token, vision_feature_select_strategy must be default")
         default = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # transformers' LlavaNextConfig
-        return cls(base, tuple(tuple(p) for p in config.get("image_grid_pinpoints") or default))
+        points = tuple(tuple(p) for p in config.get("image_grid_pinpoints") or default)
+        return cls(base, points, config.get("round_unpadding", True))
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -92,7 +94,7 @@ class Model(nn.Module):
         sizes = inputs.image_sizes.tolist()
         return torch.cat(
             [
-                arrange(own, grid, size, self.image_newline)
+                arrange(own, grid, size, self.image_newline, self.config.round_unpadding)
                 for own, grid, size in zip(per_picture, grids, sizes, strict=True)
             ]
         )
@@ -116,18 +118,21 @@ class Model(nn.Module):
         return KVCache(self.config.llava.text.num_layers, capacity)
 
 
-def arrange(tiles: Tensor, grid: tuple[int, int], size: tuple[int, int], newline: Tensor) -> Tensor:
+def arrange(
+    tiles: Tensor, grid: tuple[int, int], size: tuple[int, int], newline: Tensor, round_first: bool = True
+) -> Tensor:
     """The tokens of one picture: the overview, then the tiles read line by line as if they were one picture.
 
     `tiles (1 + rows · columns, P, D)`, `grid` (rows, columns) of tiles, `size` the picture's own (height, width) in
-    pixels. The seams between tiles disappear, padding is cut off, and every row of patches ends with `newline (D,)`,
-    so that the language model can tell where a line ends, whatever the width. Returns `(num_image_tokens, D)`.
+    pixels, `round_first` the config's `round_unpadding`. The seams between tiles disappear, padding is cut off, and
+    every row of patches ends with `newline (D,)`, so that the language model can tell where a line ends, whatever the
+    width. Returns `(num_image_tokens, D)`.
     """
     overview, tiles = tiles[0], tiles[1:]
     (rows, columns), D = grid, tiles.shape[-1]
     side = int(tiles.shape[1] ** 0.5)  # patches along a tile
     picture = tiles.view(rows, columns, side, side, D).transpose(1, 2).reshape(rows * side, columns * side, D)
-    top, left, h, w = unpadded_grid(size, (rows * side, columns * side))
+    top, left, h, w = unpadded_grid(size, (rows * side, columns * side), round_first=round_first)
     picture = picture[top : top + h, left : left + w]  # (h, w, D)
     picture = torch.cat([picture, newline.expand(h, 1, D)], dim=1)  # (h, w + 1, D)
     return torch.cat([overview, picture.flatten(0, 1)])
@@ -139,7 +144,7 @@ def arrange(tiles: Tensor, grid: tuple[int, int], size: tuple[int, int], newline
 def num_image_tokens(config: LlavaNextConfig, size: tuple[int, int], grid: tuple[int, int]) -> int:
     """Tokens of a picture of `size` (height, width) cut into `grid` (rows, columns) tiles: what `arrange` returns."""
     side = config.llava.vision.grid_side
-    _, _, h, w = unpadded_grid(size, (grid[0] * side, grid[1] * side))
+    _, _, h, w = unpadded_grid(size, (grid[0] * side, grid[1] * side), round_first=config.round_unpadding)
     return side * side + h * (w + 1)
 
 
