@@ -293,6 +293,15 @@ def test_a_real_ctrl_c_does_not_end_a_conversation():
     assert (process.returncode, out, err) == (0, b"0 pictures: more\n", b"")
 
 
+def test_a_whole_run_leaves_the_compiler_alone():
+    """Initialising a parameter on the meta device is enough to import it, at more than a second."""
+    script = "import sys; from minivlm.run import main; main(['--max-new-tokens', '2']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"torch", "minivlm.generate"} <= loaded
+    assert loaded & {"torch._dynamo", "sympy", "transformers", "matplotlib", "av"} == set()
+
+
 def test_help_needs_nothing_installed():
     """`-S` hides every installed package, torch included."""
     command = [sys.executable, "-S", "-m", "minivlm.run", "--help"]
