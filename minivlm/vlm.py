@@ -77,7 +77,7 @@ def load(
     else:
         processor = family.Processor.from_folder(folder, config)
     eos_ids = stop_ids(folder, config, processor.tokenizer)
-    return VLM(model, processor, eos_ids, device, family.KEYS, folder, vision)
+    return VLM(model, processor, eos_ids, device, family.KEYS, folder, vision, original)
 
 
 def open_original(folder: Path, config: dict, offline: bool, weights: bool) -> tuple[Original, Path | None]:
@@ -156,10 +156,18 @@ class VLM:
     """
 
     def __init__(
-        self, model, processor, eos_ids: tuple[int, ...], device: torch.device, keys: dict, folder: Path, vision: bool
+        self,
+        model,
+        processor,
+        eos_ids: tuple[int, ...],
+        device: torch.device,
+        keys: dict,
+        folder: Path,
+        vision: bool,
+        original: Original | None = None,
     ):
         self.model, self.processor, self.eos_ids, self.device = model, processor, eos_ids, device
-        self.keys, self.folder, self.vision = keys, folder, vision
+        self.keys, self.folder, self.vision, self.original = keys, folder, vision, original
 
     @property
     def dtype(self) -> torch.dtype:
@@ -229,14 +237,19 @@ class VLM:
         return self.generate(message, **sampling).text
 
     def save(self, folder: "str | Path"):
-        """Writes a checkpoint in the hub's layout, which transformers loads, too."""
+        """Writes a checkpoint in the hub's layout, which transformers loads, too: an original LLaVA is converted."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.folder.iterdir():
             is_setting = file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json")
             if is_setting and file.resolve() != (folder / file.name).resolve():
                 shutil.copy(file, folder / file.name)
-        save_weights(self.model, folder, self.keys)
+        rows = {}
+        if self.original:
+            rows = llava_original.hub_rows(self.original)
+            for name, text in llava_original.hub_files(self.original, self.folder).items():
+                (folder / name).write_text(text, encoding="utf-8")
+        save_weights(self.model, folder, self.keys, rows=rows)
 
 
 class Stream:

@@ -289,17 +289,19 @@ def _all_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save_weights(model: nn.Module, folder: Path | str, keys: Keys, shard_bytes: int = SHARD_BYTES) -> None:
+def save_weights(model: nn.Module, folder: Path | str, keys: Keys, shard_bytes: int = SHARD_BYTES,
+                 rows: Mapping[str, int] | None = None) -> None:
     """Write the model in the hub's spelling: model.safetensors, or shards of at most `shard_bytes` and their index.
 
     Files are written under other names and renamed at the end: a save that is killed leaves the old checkpoint whole,
-    and a model whose weights are views of the files it overwrites keeps them.
+    and a model whose weights are views of the files it overwrites keeps them. `rows`: our names of tables that get
+    more rows on disk, to this number.
     """
     folder = Path(folder)
     shards: list[dict[str, int]] = []                      # per file: published name → bytes
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for shard in _shards(model, keys, shard_bytes):
+        for shard in _shards(model, keys, shard_bytes, rows or {}):
             save_file(shard, folder / f"model-{len(shards)}.part", metadata={"format": "pt"})
             shards.append({name: tensor.nbytes for name, tensor in shard.items()})
         count = len(shards)
@@ -323,13 +325,17 @@ def save_weights(model: nn.Module, folder: Path | str, keys: Keys, shard_bytes: 
             part.unlink()
 
 
-def _shards(model: nn.Module, keys: Keys, shard_bytes: int) -> Iterable[dict[str, torch.Tensor]]:
+def _shards(model: nn.Module, keys: Keys, shard_bytes: int,
+            rows: Mapping[str, int]) -> Iterable[dict[str, torch.Tensor]]:
     """The model's tensors under their published names, in parts of at most `shard_bytes` (or of one larger tensor)."""
     shard, num_bytes = {}, 0
     for prefix, module in model.named_modules():
         tensors: dict[str, torch.Tensor] = {}              # not model.state_dict(): it would unpack everything at once
         module._save_to_state_dict(tensors, f"{prefix}." if prefix else "", keep_vars=False)
         for ours, tensor in tensors.items():
+            if len(tensor.shape) == 2 and len(tensor) < rows.get(ours, 0):   # by their mean, never the likeliest word
+                mean = tensor.float().mean(0).to(tensor.dtype)
+                tensor = torch.cat([tensor, mean.expand(rows[ours] - len(tensor), -1)])
             if shard and num_bytes + tensor.nbytes > shard_bytes:
                 yield shard
                 shard, num_bytes = {}, 0

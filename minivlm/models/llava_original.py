@@ -18,10 +18,11 @@ key names, and the three parts of a processor. `vlm.load` finds the files and pu
 Does not: read LLaVA-OneVision's or Video-LLaVA's original repositories, which it refuses by name.
 Source: github.com/haotian-liu/LLaVA, `mm_utils.py`, `llava_arch.py`, `conversation.py`, `eval/run_llava.py`.
 
-Sections: what a config says, key names, prompts, all together.
+Sections: what a config says, key names, prompts, all together, saving.
 """
 
 import ast
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,3 +274,46 @@ def read(folder: Path, config: dict, tower: Path | None) -> Original:
 def _marks(config: dict) -> list[str]:
     """The tokens around a picture's, in the order in which the original appends those that a vocabulary lacks."""
     return [*(["<im_patch>"] if config.get("mm_use_im_patch_token", True) else []), "<im_start>", "<im_end>"]
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+
+def hub_rows(original: Original) -> dict[str, int]:
+    """Rows of the embedding table and the head in a saved checkpoint: `<image>` needs one there, and 64s are custom."""
+    image_id, vocab_size = original.config["image_token_index"], original.config["text_config"]["vocab_size"]
+    rows = vocab_size if image_id < vocab_size else -(-(image_id + 1) // 64) * 64
+    return {"language_model.embed_tokens.weight": rows, "language_model.lm_head.weight": rows}
+
+
+def hub_files(original: Original, folder: Path) -> dict[str, str]:
+    """File name → contents, of the settings that a hub's conversion has and the original `folder` has not."""
+    config, tokenizer, images = original.config, original.tokenizer, original.images
+    rows = hub_rows(original)["language_model.embed_tokens.weight"]
+    anyres = config["model_type"] == "llava_next"
+    flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+    added = tokenizer.backend.get_added_tokens_decoder()
+    settings = {key: value for key, value in vars(images).items() if value is not None} | {
+        "image_processor_type": "LlavaNextImageProcessor" if anyres else "LlavaImageProcessor",
+        "size": images.size.given(),
+        "crop_size": images.crop_size and dict(zip(("height", "width"), images.crop_size, strict=True)),
+    }
+    if anyres:
+        del settings["do_pad"]  # there it is about tiles in a batch
+    files = {
+        "config.json": config | {"text_config": config["text_config"] | {"vocab_size": rows}},
+        "preprocessor_config.json": settings,
+        "processor_config.json": {
+            "processor_class": "LlavaNextProcessor" if anyres else "LlavaProcessor",
+            "image_token": IMAGE,
+            "patch_size": config["vision_config"].get("patch_size"),
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+        },
+        "tokenizer_config.json": read_json(folder / "tokenizer_config.json") | {
+            "added_tokens_decoder": {i: {flag: getattr(added[i], flag) for flag in flags} for i in sorted(added)},
+        },
+    }  # fmt: skip
+    return {name: json.dumps(content, indent=2) for name, content in files.items()} | {
+        "chat_template.jinja": original.template.source
+    }
