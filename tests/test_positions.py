@@ -20,6 +20,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 SCALINGS = {
     "default": {"rope_type": "default"},
     "linear": {"type": "linear", "factor": 2.5},
+    "linear, under both names": {"type": "default", "rope_type": "linear", "factor": 2.5},
     "dynamic": {"type": "dynamic", "factor": 3.0},
     "yarn": {"type": "yarn", "factor": 4.0, **TRAINED},
     "yarn, its length unsaid": {"rope_type": "yarn", "factor": 4.0},
@@ -119,6 +120,7 @@ def test_rope_answers_for_the_length_in_use_and_forgets_none_that_it_needs():
     rope = Rope(config)
     for length in (10, 300, 301, 10):
         assert torch.equal(rope.at(length, torch.device("cpu"))[0], rope_frequencies(config, length)[0])
+        assert len(rope.known) == 1  # a long answer does not fill the memory with one table a token
     plain = Rope(ours_of(BASE))
     assert plain.at(10, torch.device("cpu"))[0] is plain.at(11, torch.device("cpu"))[0]
 
