@@ -140,7 +140,7 @@ def test_without_ninja_the_reference_runs_and_one_line_says_so(tmp_path):
 
 def test_a_compiler_that_fails_is_not_asked_twice(tmp_path):
     broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\necho this compiler is broken >&2; exit 1\n")
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit\necho this compiler is broken >&2; exit 1\n")
     broken.chmod(0o755)
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "builds"), "CXX": str(broken)}
     out, err = run(USE, **environment)

@@ -20,7 +20,7 @@ NAMES = ("reference", "cpu", "emulated", "cuda")
 MODES = ("auto", "fused", *NAMES)
 
 _mode = os.environ.get("MINIVLM_KERNELS", "auto")
-_chosen: dict = {}  # device type → torch.ops.<library>, or None for the reference; emptied when the mode changes
+_chosen: dict[tuple[str, str], str] = {}  # (mode, device type) → library, or "reference"
 _missing: dict[str, str | None] = {}  # library → why it is not there, or None if it is loaded
 _registrations: list[Callable[[str], None]] = []
 
@@ -40,7 +40,6 @@ def set_backend(name: str) -> None:
     if name == "cuda" and not _has_cuda_kernels():
         raise MinivlmError("the cuda kernels are not there: they need a torch with CUDA, nvcc and a GPU")
     _mode = name
-    _chosen.clear()
 
 
 @contextmanager
@@ -86,35 +85,39 @@ def on_load(register: Callable[[str], None]) -> Callable[[str], None]:
 
 def kernels_for(x: Tensor):
     """The namespace of ops that serve tensors like `x`, or None: use the reference."""
-    kind = x.device.type
-    if kind not in _chosen:
-        _choose(kind)
-    return _chosen[kind]
+    key = _mode, x.device.type
+    library = _chosen.get(key)
+    if library is None:
+        library = _chosen[key] = _choose(*key)
+    return None if library == "reference" else getattr(torch.ops, library)
 
 
-def _choose(kind: str) -> None:
-    _chosen[kind] = None
-    if kind == "meta" or _mode == "reference":
-        return
-    if _mode not in MODES:
-        raise MinivlmError(f"MINIVLM_KERNELS is {_mode!r}; choose one of {', '.join(MODES)}")
-    served = {"cpu": ("cpu",), "emulated": ("cpu",), "cuda": ("cuda",)}.get(_mode, ("cpu", "cuda"))
-    library = "minivlm_emulated" if _mode == "emulated" else "minivlm"
+def _choose(mode: str, kind: str) -> str:
+    """What serves tensors on devices of this kind: `minivlm`, `minivlm_emulated`, or `reference`."""
+    if kind == "meta" or mode == "reference":
+        return "reference"
+    if mode not in MODES:
+        raise MinivlmError(f"MINIVLM_KERNELS is {mode!r}; choose one of {', '.join(MODES)}")
+    served = {"cpu": ("cpu",), "emulated": ("cpu",), "cuda": ("cuda",)}.get(mode, ("cpu", "cuda"))
+    library = "minivlm_emulated" if mode == "emulated" else "minivlm"
     reason = why_not(library) if kind in served else f"tensors are on {kind}"
     if reason is None and kind == "cuda" and not _has_cuda_kernels():
         reason = "the library was built without CUDA (torch with CUDA and nvcc are needed)"
     if reason is None:
-        _chosen[kind] = getattr(torch.ops, library)
-    elif _mode != "auto":
-        raise MinivlmError(f"kernels {_mode!r} were asked for, but {reason}")
-    elif kind in ("cpu", "cuda"):
+        return library
+    if mode != "auto":
+        raise MinivlmError(f"kernels {mode!r} were asked for, but {reason}")
+    if kind in ("cpu", "cuda"):
         print(f"minivlm: running on torch's own operations, {reason}", file=sys.stderr)
+    return "reference"
 
 
-# torch.compile asks at trace time and takes what it finds for constant: what torch.compiler.assume_constant_result
+# torch.compile calls this while it traces and takes the answer for constant: what torch.compiler.assume_constant_result
 # does, without the second that importing the compiler takes.
 _choose._dynamo_marked_constant = True
 
 
 def _has_cuda_kernels() -> bool:
-    return why_not("minivlm") is None and torch._C._dispatch_has_kernel_for_dispatch_key("minivlm::rms_norm", "CUDA")
+    if not torch.cuda.is_available() or why_not("minivlm"):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("minivlm::rms_norm", "CUDA")

@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def _compile(library: str, place: Path, log: Path) -> None:
     cflags = flags(library, native=True)
     try:
         cpp_extension.load(library, sources(library), cflags, build_directory=str(scratch), is_python_module=False)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         log.write_text(str(error))
         raise Unavailable(f"compiling failed, see {log}") from error
     scratch.rename(place)
