@@ -9,7 +9,7 @@ from torch import nn
 
 from minivlm.cache import KVCache
 from minivlm.errors import MinivlmError
-from minivlm.generate import Answer, generate, stream
+from minivlm.generate import Answer, Beams, find_stop, generate, stream
 from minivlm.inputs import Inputs
 from minivlm.sampling import Sampling
 from minivlm.text import Tokenizer
@@ -130,6 +130,12 @@ def test_stop_strings_across_tokens(tokens, stop):
     assert (ours.text, ours.token_ids, ours.finish_reason) == (text[:cut], tokens[:needed], "stop")
 
 
+def test_stop_string_that_is_complete_first_cuts():
+    assert find_stop("aabc", ("abc", "b")) == 2  # "b" is complete before "abc", which began earlier
+    assert find_stop("aabc", ("c", "abc")) == 1  # complete at once: the longer one
+    assert find_stop("aab", ("abc", "c")) is None
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), STOPS)
 def test_all_that_is_certain_is_shown_and_nothing_else(tokens, stop):
     """After each token: all of the text but the longest tail that some continuation could turn into a stop string."""
@@ -144,6 +150,21 @@ def test_all_that_is_certain_is_shown_and_nothing_else(tokens, stop):
             break
         open_tails = [at for at in range(len(text)) if any(s.startswith(text[at:]) for s in stop)]
         assert answer.text == text[: min(open_tails, default=len(text))]
+
+
+def test_only_the_k_best_candidates_may_end():
+    """Token 9 ends: as the second of two beams' candidates it counts, as the third it is passed over."""
+
+    def ends(token_ids):
+        return token_ids[-1] == 9
+
+    beams = Beams(2)
+    beams.advance([(-1.0, 0, 3), (-2.0, 0, 4), (-3.0, 0, 9), (-4.0, 0, 5)], ends)
+    assert beams.ended == []
+    beams.advance([(-2.0, 1, 5), (-3.0, 0, 9), (-4.0, 0, 6), (-5.0, 1, 9)], ends)
+    assert beams.ended == [(-1.5, [3, 9])]
+    assert [(beam.total, beam.parent, beam.token_ids) for beam in beams.alive] == [(-2.0, 1, [4, 5]), (-4.0, 0, [3, 6])]
+    assert beams.open
 
 
 def test_beams_stop_at_strings():
