@@ -51,10 +51,10 @@ CLIP = {
     "num_attention_heads": 2, "image_size": 40, "patch_size": 8, "projection_dim": 16,
 }  # fmt: skip
 SIGLIP = CLIP | {"model_type": "siglip_vision_model", "image_size": 43, "vision_use_head": False}  # 43 = 5 · 8 + 3
-TOKENIZERS = {  # style: (the tokenizer, names of the special tokens)
-    "llama": lambda: (tokenizers_tiny.llama(), "llama"),
-    "llama3": lambda: (tokenizers_tiny.llama3(added=("<image>",)), "llama3"),
-    "qwen2": lambda: (tokenizers_tiny.qwen2(), "qwen2"),
+TOKENIZERS = {  # by style; all of them know <image>
+    "llama": tokenizers_tiny.llama,
+    "llama3": lambda: tokenizers_tiny.llama3(added=("<image>",)),
+    "qwen2": tokenizers_tiny.qwen2,
 }
 
 
@@ -66,10 +66,13 @@ class Checkpoint:
 
 
 def make(folder, config, style, template, preprocessor, seed=0):
-    """A checkpoint in the hub's layout. Ids and the size of the vocabulary come from the tokenizer of that `style`."""
+    """A checkpoint in the hub's layout. Ids and the size of the vocabulary come from the tokenizer, TOKENIZERS[style].
+
+    The preprocessor's numbers and `config["vision_config"]` must be of one size; `text_config` needs no vocab_size.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, names = TOKENIZERS[style]()
-    tokenizers_tiny.save(tokenizer, folder, names, template)
+    tokenizer = TOKENIZERS[style]()
+    tokenizers_tiny.save(tokenizer, folder, style, template)
     ids = {"image_token_index": tokenizer.token_to_id("<image>")}
     text = config["text_config"] | {"vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
     config = ids | config | {"text_config": text}
