@@ -23,12 +23,13 @@ from minivlm.sampling import Sampling
 
 VICUNA_7B = {
     "model_type": "llama", "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
 }  # fmt: skip
 QWEN2_HALF_B = {
     "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
-    "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    "tie_word_embeddings": True,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPES = {
     "vicuna-7b, 8 of 32 layers": {**VICUNA_7B, "num_hidden_layers": 8},

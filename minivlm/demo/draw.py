@@ -9,13 +9,12 @@ from math import cos, pi, sin
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from minivlm.demo.scene import COLOURS, LETTER_HEIGHT, SHAPES, SIGN_HEIGHT, Scene, Sign, Thing
+from minivlm.demo.scene import COLOURS, LETTER_HEIGHT, LETTERS, SHAPES, SIGN_HEIGHT, Scene, Sign, Thing
 
 OVERSAMPLING = 2  # pixels drawn per pixel shown, along each side: smooth edges
 GAP = 1.8  # units between letters
 I_WIDTH = 2.9  # units, the least that a letter is wide in a label map
 GLYPH = 128  # pixels, the height in which letters are drawn before they are shrunk
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 CLASS_NAMES = ("background", *(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS), "sign", *LETTERS)
 _CLASS = {name: number for number, name in enumerate(CLASS_NAMES)}
 
@@ -86,6 +85,10 @@ def _glyph(letter, height, width):
     return _big_glyph(letter).resize((width, height), Image.Resampling.BOX)
 
 
+def _signs(scene: Scene):
+    return ((scene.sign,) if scene.sign else ()) + scene.small_print
+
+
 def _sign_boxes(sign: Sign):
     """Board and letters as boxes (left, top, right, bottom) in units."""
     widths = [_glyph_width(letter) for letter in sign.text]
@@ -139,8 +142,8 @@ def render(scene: Scene, height: int | None = None, width: int | None = None) ->
         _draw_shape(draw, thing, scale, 0.4, 1.2, _SHADOW)
         _draw_shape(draw, thing, scale, 0.4, 0, (r * 7 // 10, g * 7 // 10, b * 7 // 10))
         _draw_shape(draw, thing, scale, -0.7, 0, (r, g, b))
-    if scene.sign:
-        _draw_sign(paper, draw, scene.sign, scale)
+    for sign in _signs(scene):
+        _draw_sign(paper, draw, sign, scale)
     picture = paper.reduce(OVERSAMPLING)
     return picture if natural == wanted else picture.resize(wanted[::-1], Image.Resampling.BICUBIC)
 
@@ -164,9 +167,9 @@ def label_map(scene: Scene, height: int | None = None, width: int | None = None)
     draw = ImageDraw.Draw(labels)
     for thing in scene.things:
         _draw_shape(draw, thing, scale, 0.4, 0, _CLASS[f"{thing.colour} {thing.shape}"])
-    if scene.sign:
-        board, boxes = _sign_boxes(scene.sign)
-        for name, (left, top, right, bottom) in (("sign", board), *zip(scene.sign.text, boxes, strict=True)):
+    for sign in _signs(scene):
+        board, boxes = _sign_boxes(sign)
+        for name, (left, top, right, bottom) in (("sign", board), *zip(sign.text, boxes, strict=True)):
             margin = 0 if name == "sign" else max(GAP / 3, (I_WIDTH - (right - left)) / 2)
             box = left - margin, top, right + margin - 1 / scale, bottom - 1 / scale  # PIL draws the last pixel, too
             draw.rectangle([round(edge * scale) for edge in box], fill=_CLASS[name])

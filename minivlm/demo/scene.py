@@ -16,6 +16,7 @@ LONG_SIDE = 144  # units; as many pixels as the demo models' largest canvas has,
 LETTER_HEIGHT = 10.3  # units, with Q's tail; less than five pixels without it, once a poster is squashed to 72 × 72
 SIGN_HEIGHT = 17.0  # units
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 COLOURS = {
     "red": (222, 49, 54),
@@ -94,6 +95,18 @@ class Scene:
     things: tuple[Thing, ...]
     sign: Sign | None
     backdrop: tuple[int, int]  # palette, pattern
+    small_print: tuple[Sign, ...] = ()  # more signs, which no question is about
+
+
+def letter_page(seed: int) -> Scene:
+    """Nothing but rows of random letters and digits: a page to learn reading from, before any question is asked."""
+    rng = np.random.default_rng((seed, 3))
+    signs = []
+    for y in np.arange(10.0, LONG_SIDE - 10, SIGN_HEIGHT + 1) + rng.uniform(-1.0, 8.0):
+        text = "".join(rng.choice(list(LETTERS), size=13))
+        signs.append(Sign(text, "", round(float(y), 2), round(float(rng.uniform(62, 82)), 2), int(rng.integers(3))))
+    backdrop = (int(rng.integers(8)), int(rng.integers(3)))
+    return Scene(LONG_SIDE, LONG_SIDE, (), (), None, backdrop, tuple(signs))
 
 
 def draw_scene(seed: int) -> Scene:

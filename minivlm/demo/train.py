@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from minivlm.demo.scene import letter_page
 from minivlm.demo.world import CLASS_NAMES, LONG_SIDE, TRAIN_SEEDS, conversation, corpus, draw_scene, label_map, render
 from minivlm.image_config import ImageConfig
 from minivlm.images import anyres_tiles, fitted_size
@@ -32,9 +33,6 @@ CANVASES = [[144, 144], [72, 144], [144, 72]]  # (height, width) in pixels
 # Longer sides of training pictures in pixels; at LONG_SIDE nothing has to be resized. Users' pictures are larger.
 SIDES = (LONG_SIDE, LONG_SIDE, 2 * LONG_SIDE, 216, 180, 336)
 
-EXTRA_SIGNS = 12  # other posters whose signs the first stage tries to fit into each of its own
-OTHER_SEEDS = TRAIN_SEEDS[len(TRAIN_SEEDS) // 2 :]
-SIGN = CLASS_NAMES.index("sign")  # this class and those behind it are signs and letters
 TURNS = 6  # questions per picture: most of the work is looking, so ask as much as possible about each
 
 # ChatML, as in llava-v1.6-34b and llava-next-72b.
@@ -172,31 +170,14 @@ class Patches(Dataset):
         return self.num_batches
 
     def __getitem__(self, index: int):
+        """Half posters, half pages of letters: from signs alone, small and rare, reading takes ten times as long."""
         pixels, targets = [], []
-        for seed in TRAIN_SEEDS[index * self.batch_size : (index + 1) * self.batch_size]:
-            picture, labels = signposts(seed)
-            pixels.append(anyres_tiles(picture, self.images))
-            targets.append(classes_of_patches(labels))
+        for i, seed in enumerate(TRAIN_SEEDS[index * self.batch_size : (index + 1) * self.batch_size]):
+            scene = draw_scene(seed) if i % 2 else letter_page(seed)
+            views = slice(0 if i % 2 else 1, None)  # nobody can read a page's overview
+            pixels.append(anyres_tiles(render(scene, scene.height, scene.width), self.images)[views])
+            targets.append(classes_of_patches(label_map(scene, scene.height, scene.width))[views])
         return torch.cat(pixels), torch.cat(targets)
-
-
-def signposts(seed: int) -> tuple[Image.Image, np.ndarray]:
-    """A poster with the signs of other posters added where there is room: letters are small, and one sign in every
-    second picture would take ten times as long to learn to read. Returns the picture and its label map, at LONG_SIDE
-    pixels."""
-    scene = draw_scene(seed)
-    size = (scene.height, scene.width)
-    picture, labels = np.array(render(scene, *size)), label_map(scene, *size).copy()
-    for other_seed in range(seed * EXTRA_SIGNS, (seed + 1) * EXTRA_SIGNS):
-        other = draw_scene(OTHER_SEEDS[other_seed])
-        if other.sign is None or (other.height, other.width) != size:
-            continue
-        other_labels = label_map(other, *size)
-        rows, columns = np.nonzero(other_labels >= SIGN)
-        box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
-        if not labels[box].any():
-            picture[box], labels[box] = np.array(render(other, *size))[box], other_labels[box]
-    return Image.fromarray(picture), labels
 
 
 def classes_of_patches(labels: np.ndarray) -> Tensor:
@@ -231,8 +212,8 @@ class PatchReader(nn.Module):
 def main():
     parser = argparse.ArgumentParser(prog="python -m minivlm.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--see", type=int, default=1200, help="steps of the first stage (default: %(default)s)")
-    parser.add_argument("--talk", type=int, default=1500, help="steps of the second stage (default: %(default)s)")
+    parser.add_argument("--see", type=int, default=1500, help="steps of the first stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=1400, help="steps of the second stage (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak (default: %(default)s)")
     args = parser.parse_args()
