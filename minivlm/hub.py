@@ -7,6 +7,7 @@ Does not: look into config.json (what a checkpoint is stands there, never in its
 """
 
 import errno
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -142,7 +143,19 @@ def _refuse_part(folder: Path, name: str) -> None:
     """Raises where the folder holds a piece that was trained on top of a model, and not the model."""
     parts = [part for file, part in PARTS.items() if (folder / file).is_file()]
     if parts and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise MinivlmError(f"{name} holds {parts[0]} only: merge it into the model it was trained on, and give that")
+        raise MinivlmError(f"{name} holds {parts[0]} only: merge it into {_base(folder)}, and give that")
+
+
+def _base(folder: Path) -> str:
+    """The model that a part was trained on, to stand inside an error."""
+    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+        try:
+            base = json.loads((folder / file).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError, RecursionError):   # it matters little beside what is missing
+            continue
+        if isinstance(base, str) and base.isprintable():
+            return f"the model it was trained on ({base[:100]})"
+    return "the model it was trained on"
 
 
 def _meant(name: str) -> str:
