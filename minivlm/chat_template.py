@@ -17,34 +17,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from minivlm.errors import MinivlmError
+from minivlm.files import one_line, read_json, read_text
 
 MAX_CHARACTERS = 10_000_000  # of a prompt, or of any string on the way; 128k tokens are about 500,000
 MAX_LOOP_STEPS = 300_000  # per rendering, all loops together; a thousand messages take about 10,000
-
-
-def one_line(error: object) -> str:
-    """A foreign error's message, cut to fit behind ours."""
-    return " ".join(str(error).split())[:300]
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (ValueError, OSError) as error:
-        raise MinivlmError(f"{path} cannot be read as text ({one_line(error)}); download it again") from error
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise MinivlmError(f"{path} cannot be read as JSON ({one_line(error)}); download it again") from error
-    if not isinstance(content, dict):
-        raise MinivlmError(f"{path} must hold a JSON object, not a {type(content).__name__}; download it again")
-    return content
 
 
 class ChatTemplate:

@@ -4,7 +4,6 @@ Reads preprocessor_config.json as the hub has it and as transformers 5 writes it
 and, for those of one family alone, in that model's file.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields, replace
@@ -14,6 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from minivlm.errors import MinivlmError
+from minivlm.files import read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -94,9 +94,9 @@ class ImageConfig:
     def from_folder(cls, folder: Path, defaults: dict, overrides: dict | None = None) -> "ImageConfig":
         """Reads `image_processor` of processor_config.json (transformers 5) or else preprocessor_config.json; a folder
         with neither takes the defaults."""
-        hf = _read_json(folder / "processor_config.json").get("image_processor")
+        hf = read_json(folder / "processor_config.json").get("image_processor")
         if not isinstance(hf, dict):
-            hf = _read_json(folder / "preprocessor_config.json")
+            hf = read_json(folder / "preprocessor_config.json")
         return cls.from_hf(hf, defaults, overrides)
 
     def override(self, overrides: dict) -> "ImageConfig":
@@ -228,16 +228,3 @@ PARSERS = {
     "do_convert_rgb": _only(True),  # open_image gives RGB
     "data_format": _only("channels_first"),
 }  # fmt: skip
-
-
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file; {} where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MinivlmError(f"{path} is damaged ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise MinivlmError(f"{path} is damaged (a {type(value).__name__} where an object belongs): download it again")
-    return value

@@ -21,11 +21,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from minivlm.errors import MinivlmError
+from minivlm.files import one_line
 
 MAX_BYTES = 128 * 2**20  # bytes of a download or a data: URI
 MAX_PIXELS = 178_956_970  # pixels, half a GiB as RGB: where Pillow itself calls a file a decompression bomb
 URL_SECONDS = 60.0  # for a whole download
 SILENCE_SECONDS = 10.0  # that a server may leave us waiting
+NAME = 160  # characters of a name that an error repeats; data: URIs are long
 
 # Formats that are decoded, where this Pillow knows them: none that runs another program (EPS) or has no magic number.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "JPEG2000", "BMP", "DIB", "TIFF", "PPM", "ICO", "QOI", "PSD")
@@ -68,7 +70,7 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
 
 
 def _open_file(path: Path) -> Image.Image:
-    name = one_line(path)
+    name = one_line(path, NAME)
     try:
         if not path.exists():
             raise MinivlmError(f"{name}: no such file")
@@ -83,7 +85,7 @@ def _open_file(path: Path) -> Image.Image:
 
 
 def _open_bytes(data: bytes, name: str) -> Image.Image:
-    return _decode(lambda: Image.open(BytesIO(data), formats=_formats()), one_line(name), data[:512])
+    return _decode(lambda: Image.open(BytesIO(data), formats=_formats()), one_line(name, NAME), data[:512])
 
 
 def _formats() -> list[str]:
@@ -198,7 +200,7 @@ def _path_of_file_url(url: str) -> Path:
 def download(url: str, max_bytes: int) -> bytes:
     """-> what is behind an http(s) URL. Redirects may lead from http to https, and to no other scheme.
     Raises MinivlmError when that is more than `max_bytes`, takes more than URL_SECONDS, or fails."""
-    name, deadline = one_line(url), time.monotonic() + URL_SECONDS
+    name, deadline = one_line(url, NAME), time.monotonic() + URL_SECONDS
     try:
         address = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # spaces and letters beyond ASCII, as browsers show them
         request = urllib.request.Request(address, headers={"User-Agent": "minivlm"})  # urllib's own is often refused
@@ -226,9 +228,3 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if new != old and (old, new) != ("http", "https"):
             raise MinivlmError(f"{one_line(req.full_url)} redirects from {old} to {new}, which is refused")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def one_line(text: object) -> str:
-    """`text` for an error message: on one line, short, and without what would write to the terminal's controls."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))
-    return line if len(line) <= 160 else f"{line[:100]}...{line[-50:]}"

@@ -20,8 +20,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken
 
-from minivlm.chat_template import ChatTemplate, one_line, read_json
+from minivlm.chat_template import ChatTemplate
 from minivlm.errors import MinivlmError
+from minivlm.files import one_line, read_json
 from minivlm.sentencepiece import read_tokenizer_model
 from minivlm.text_stream import TextStream
 

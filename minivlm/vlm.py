@@ -12,12 +12,13 @@ from torch import nn
 
 from minivlm import generate as generation
 from minivlm.errors import MinivlmError
+from minivlm.files import read_json
 from minivlm.hub import resolve
 from minivlm.inputs import Inputs, Prompt
 from minivlm.models import MODULES, llava_original
 from minivlm.models.llava_original import Original
 from minivlm.sampling import Sampling
-from minivlm.weights import load_weights, read_config, read_headers, read_json, save_weights, stored_dtype
+from minivlm.weights import load_weights, read_config, read_headers, save_weights, stored_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -138,8 +139,7 @@ def tied_head(model: nn.Module) -> list[str]:
 def stop_ids(folder: Path, config: dict, tokenizer) -> tuple[int, ...]:
     """The ids that end an answer: generation_config.json, else config.json, else the tokenizer's own."""
     text = config.get("text_config") or {}
-    path = folder / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.exists() else None
+    found = read_json(folder / "generation_config.json").get("eos_token_id")
     for other in (config.get("eos_token_id"), text.get("eos_token_id"), tokenizer.eos_id):
         found = other if found is None else found
     if found is None:

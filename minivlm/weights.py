@@ -33,6 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minivlm.errors import MinivlmError
+from minivlm.files import one_line, read_json
 
 Keys = Mapping[str, tuple[str, ...]]
 
@@ -67,17 +68,6 @@ def read_config(folder: Path | str) -> dict:
         method = quantised.get("quant_method", "quantised") if isinstance(quantised, dict) else "quantised"
         raise MinivlmError(f"{folder} holds {_some([str(method)])} weights, which minivlm cannot read: {UNQUANTISED}")
     return config
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file that must hold an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MinivlmError(f"{path} is damaged ({_one_line(error)}): download it again") from error
-    if not isinstance(value, dict):
-        raise MinivlmError(f"{path} is damaged (a {type(value).__name__} where an object belongs): download it again")
-    return value
 
 
 # ---- what lies on disk -----------------------------------------------------------------------------------------------
@@ -167,7 +157,7 @@ def _read_safetensors(file: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         return {name: _parse_entry(file, name, entry, data, body) for name, entry in header.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise MinivlmError(f"{file} is damaged or incomplete ({_one_line(error)}): download it again") from error
+        raise MinivlmError(f"{file} is damaged or incomplete ({one_line(error)}): download it again") from error
 
 
 def _parse_entry(file: Path, name: str, entry: dict, data: mmap.mmap, body: int) -> Stored:
@@ -188,7 +178,7 @@ def _read_bin(file: Path) -> dict[str, Stored]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:    # pickle's documentation: a damaged file may raise anything
-        raise MinivlmError(f"{file} is damaged or holds code ({_one_line(error)}): download it again") from error
+        raise MinivlmError(f"{file} is damaged or holds code ({one_line(error)}): download it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
                                                 for name, tensor in tensors.items()):
         raise MinivlmError(f"{file} is not a table of tensors: minivlm reads checkpoints as transformers saves them")
@@ -319,7 +309,7 @@ def save_weights(model: nn.Module, folder: Path | str, keys: Keys, shard_bytes: 
             if old.name not in files and SAVED.fullmatch(old.name):
                 old.unlink()
     except (OSError, SafetensorError) as error:
-        raise MinivlmError(f"could not save to {folder} ({_one_line(error)}): is there room on the disk?") from error
+        raise MinivlmError(f"could not save to {folder} ({one_line(error)}): is there room on the disk?") from error
     finally:
         for part in folder.glob("model-*.part"):
             part.unlink()
@@ -371,8 +361,3 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(" ".join(name.split())[:200] for name in names[:NAMED]) + more
-
-
-def _one_line(error: Exception) -> str:
-    """What an exception says, short enough to stand in brackets."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

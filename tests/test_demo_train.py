@@ -7,20 +7,20 @@ import torch
 
 from minivlm.demo import DEMO_CHECKPOINT
 from minivlm.demo.draw import CLASS_NAMES, label_map
-from minivlm.demo.scene import LONG_SIDE, draw_scene
+from minivlm.demo.scene import LONG_SIDE, draw_scene, letter_page
 from minivlm.demo.train import (
     PATCH,
-    SIGN,
     TILE,
     Patches,
     PatchReader,
     Talks,
     classes_of_patches,
     make_folder,
-    signposts,
 )
 from minivlm.models import llava_next
 from minivlm.train import initialise
+
+SIGN = CLASS_NAMES.index("sign")  # shapes stand before it, letters behind it
 
 
 def test_the_shipped_folder_is_what_the_recipe_makes(tmp_path):
@@ -42,15 +42,12 @@ def test_patch_labels_are_where_the_shapes_are():
     assert classes[0, :, 1:SIGN].any(), "the overview shows shapes, too"
 
 
-def test_signposts_add_signs_and_move_nothing():
-    for seed in range(12):
-        scene, (picture, labels) = draw_scene(seed), signposts(seed)
-        own = label_map(scene, scene.height, scene.width)
-        assert (picture.height, picture.width) == labels.shape == own.shape
-        assert np.array_equal(labels[own > 0], own[own > 0])
-        assert set(np.unique(labels[own == 0])) <= {0, *range(SIGN, len(CLASS_NAMES))}
-    assert sum((signposts(seed)[1] >= SIGN).sum() > (label_map(s := draw_scene(seed), s.height, s.width) >= SIGN).sum()
-               for seed in range(12)) >= 6  # fmt: skip
+def test_a_page_of_letters_is_covered_with_them():
+    for seed in range(4):
+        page = letter_page(seed)
+        assert len(page.small_print) >= 6 and not page.things and page.sign is None
+        letters = classes_of_patches(label_map(page, page.height, page.width))[1:, :, SIGN + 1 :]
+        assert letters.any(dim=2).float().mean() > 0.4, "of all patches"
 
 
 def test_batches_are_functions_of_their_number():

@@ -27,8 +27,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from minivlm.chat_template import ChatTemplate, read_json
+from minivlm.chat_template import ChatTemplate
 from minivlm.errors import MinivlmError
+from minivlm.files import read_json
 from minivlm.image_config import ImageConfig
 from minivlm.models.llava import CLIP_LARGE, LlavaConfig, image_defaults
 from minivlm.text import Tokenizer
