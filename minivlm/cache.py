@@ -48,11 +48,18 @@ class KVCache:
 
     def reorder(self, rows: Tensor):
         """Row i becomes a copy of row `rows[i]`; `rows` may be longer than the batch (beams are born this way)."""
-        self.keys = [k if k is None else k[rows] for k in self.keys]
-        self.values = [v if v is None else v[rows] for v in self.values]
+        self.keys = [self._rows_of(buffer, rows) for buffer in self.keys]
+        self.values = [self._rows_of(buffer, rows) for buffer in self.values]
         self.padding = None if self.padding is None else self.padding[rows]
         self.position_delta = self.position_delta[rows]
         self.memory = {name: x[rows] for name, x in self.memory.items()}
+
+    def _rows_of(self, buffer: Tensor | None, rows: Tensor) -> Tensor | None:
+        if buffer is None:
+            return None
+        new = buffer.new_empty(len(rows), *buffer.shape[1:])
+        new[:, :, : self.length] = buffer[rows, :, : self.length]  # what is free need not be copied
+        return new
 
     def _grow(self, layer: int, k: Tensor, v: Tensor, needed: int):
         if needed > self.capacity:
