@@ -36,7 +36,7 @@ MODELS = ("llava", "video_llava", "llava_next", "llava_original", "llava_onevisi
 MODULES = {*FLOORS, *MODELS}
 
 # Tests of the house rather than of one file, and what each is a test of.
-HOUSE_TESTS = {"test_layout": "README.md"}
+HOUSE_TESTS = {"test_layout": "README.md", "test_published": "published/"}
 
 LINES, MODEL_LINES = 450, 600
 SOURCES = sorted((ROOT / "minivlm").rglob("*.py"))
