@@ -40,28 +40,30 @@ class Chat:
             say("/help says what there is besides asking; Ctrl-D leaves")
         for image in images:
             self.show(image)
-        if prompt is not None:
-            self.ask(prompt)
+        line = prompt or ""
         while True:
             try:
+                if line == "/quit":
+                    return 0
+                self.obey(line)
                 line = input("> " if at_terminal else "").strip()
             except EOFError:
                 return 0
             except KeyboardInterrupt:
+                line = ""
                 say("\n/quit or Ctrl-D leaves")
-                continue
-            command, _, rest = line.partition(" ")
-            if command == "/quit":
-                return 0
-            if command == "/clear":
-                self.clear()
-                say("forgotten")
-            elif command == "/image":
-                self.show(rest.strip())
-            elif command.startswith("/") and "/" not in command[1:]:  # a path is a question
-                say(HELP)
-            elif line:
-                self.ask(line)
+
+    def obey(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        if command == "/clear":
+            self.clear()
+            say("forgotten")
+        elif command == "/image":
+            self.show(rest.strip())
+        elif command.startswith("/") and "/" not in command[1:]:  # a path is a question
+            say(HELP)
+        elif line:
+            self.ask(line)
 
     def show(self, image: str) -> None:
         """Opened at once, so that a misspelt name is known before the question is typed."""

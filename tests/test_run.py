@@ -288,9 +288,9 @@ def test_a_real_ctrl_c_does_not_end_a_conversation():
     process = start("--ckpt", "x", "--chat", "-p", "hi", **pipes)
     assert process.stdout.readline() == b"0 pictures: hi\n"
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == b"\n" and process.stderr.readline() == b"/quit or Ctrl-D leaves\n"
-    out, err = process.communicate(b"more\n")
-    assert (process.returncode, out, err) == (0, b"0 pictures: more\n", b"")
+    out, err = process.communicate(b"more\n")  # it came while the next question was read, or just before
+    assert process.returncode == 0 and b"0 pictures: more\n" in out
+    assert err.strip() in (b"/quit or Ctrl-D leaves", b"(stopped)")
 
 
 def test_a_whole_run_leaves_the_compiler_alone():
