@@ -78,23 +78,21 @@ def fit(
     learning_rate: float,
     state_file: Path,
     weight_decay: float = 0.05,
-    slow: dict[str, float] | None = None,
     autocast: bool = True,
     workers: int = 1,
     name: str = "training",
 ):
     """AdamW over `batches` (item i is the batch of step i), from wherever `state_file` says an earlier call stopped.
 
-    `loss(batch)` returns a scalar. `slow` maps prefixes of parameter names to factors on their learning rate. The
-    state (weights, moments, step) is saved every `SAVE_EVERY` steps and at the end, atomically.
+    `loss(batch)` returns a scalar. The state (weights, moments, step) is saved every `SAVE_EVERY` steps and at the end,
+    atomically. Parameters that require no gradient stay as they are.
     """
     num_steps = len(batches)
-    groups = {}  # weight decay is for matrices: norms and biases have no reason to be small
-    for parameter_name, p in module.named_parameters():
-        if p.requires_grad:
-            factor = next((f for prefix, f in (slow or {}).items() if parameter_name.startswith(prefix)), 1.0)
-            groups.setdefault((factor, weight_decay if p.dim() >= 2 else 0.0), []).append(p)
-    groups = [{"params": ps, "weight_decay": decay, "factor": factor} for (factor, decay), ps in groups.items()]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [  # weight decay is for matrices: norms and biases have no reason to be small
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
     start = 0
     if state_file.exists():
@@ -116,7 +114,7 @@ def fit(
     bar = tqdm(loader, desc=name, initial=start, total=num_steps, mininterval=5)
     for step, batch in enumerate(bar, start=start):
         for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate_at(step, num_steps, learning_rate)
+            group["lr"] = learning_rate_at(step, num_steps, learning_rate)
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             value = loss(batch)
         if not math.isfinite(value.item()):
