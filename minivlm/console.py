@@ -3,6 +3,7 @@
 import sys
 
 from minivlm.errors import MinivlmError
+from minivlm.files import one_line
 
 
 def messages_of(prompt: str, images: list, system: str | None = None) -> list[dict]:
@@ -18,9 +19,8 @@ def note(text: str) -> None:
 
 def explain(error: Exception) -> str:
     """One line. What is not a MinivlmError is a lack of memory, or a bug."""
-    text = " ".join(str(error).split())
     if isinstance(error, MinivlmError):
-        return text
+        return one_line(error, limit=2000)  # a strict load may name many tensors
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
         return "out of memory: --dry-run shows what is needed; try --dtype bfloat16, fewer pictures, or --device cpu"
-    return f"unexpected {type(error).__name__}: {text} (please report it, with what --debug prints)"
+    return f"unexpected {type(error).__name__}: {one_line(error)} (please report it, with what --debug prints)"

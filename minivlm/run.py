@@ -79,6 +79,8 @@ FLAGS = {  # group → (names, argparse's options, help)
          "where --batch writes one answer or error a line; called again, it goes on where it stopped"),
     ],
     "the answer": [
+        ("--sampling", {"choices": ["greedy", "checkpoint"]},
+         "checkpoint: as its generation_config.json says, but for the flags below that are given (default: greedy)"),
         ("--max-new-tokens", {"metavar": "N", "type": int}, "stop after this many tokens (default: 256)"),
         ("--temperature", {"metavar": "T", "type": float},
          "0 always takes the likeliest token; higher is more varied (default: 0)"),
@@ -189,6 +191,9 @@ def dispatch(args: dict) -> int:
     begun = time.perf_counter()
     vlm = open_vlm(args, weights="dry_run" not in args)
     load_seconds = time.perf_counter() - begun
+    if args.get("sampling") == "checkpoint":
+        sampling = checkpoint_sampling(vlm.folder) | sampling
+        note(f"sampling: {', '.join(f'{name} {value}' for name, value in sampling.items()) or 'greedy'}")
     if "dry_run" in args:
         from minivlm.preview import preview
 
@@ -249,6 +254,18 @@ def read_messages(path: Path) -> list[dict]:
         raise MinivlmError(f"--messages {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise MinivlmError(f"--messages {path} is not JSON in UTF-8: {error}") from error
+
+
+def checkpoint_sampling(folder: Path) -> dict:
+    """What generation_config.json says, with transformers' defaults where it is silent; greedy unless `do_sample`."""
+    from minivlm.files import read_json
+
+    names, found = ["repetition_penalty", "num_beams"], {}
+    config = read_json(folder / "generation_config.json")
+    if config.get("do_sample"):
+        names += ["temperature", "top_k", "top_p", "min_p"]
+        found = {"temperature": 1.0, "top_k": 50}
+    return found | {name: config[name] for name in names if config.get(name) is not None}
 
 
 def answer(vlm, question, sampling: dict, args: dict, load_seconds: float) -> int:

@@ -93,6 +93,20 @@ def test_sampling_reaches_the_model(command):
     assert asked(command)[1] == {**wanted, "stop": ["a", "b"]}
 
 
+def test_sampling_of_the_checkpoint_fills_in_what_the_flags_leave_open(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(FakeVLM, "folder", tmp_path, raising=False)
+    config = {"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.05, "eos_token_id": 2, "min_p": None}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    _, _, err = command("--ckpt", "x", "-p", "y", "--sampling", "checkpoint", "--top-k", "3")
+    wanted = {"temperature": 1.0, "top_k": 3, "top_p": 0.8, "repetition_penalty": 1.05}
+    assert asked(command)[1] == wanted and "top_p 0.8" in err
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.9, "repetition_penalty": 1.05}')
+    command("--ckpt", "x", "-p", "y", "--sampling", "checkpoint")
+    assert asked(command)[1] == {"repetition_penalty": 1.05}
+    command("--ckpt", "x", "-p", "y")
+    assert asked(command)[1] == {}
+
+
 def test_system_message_comes_first(command):
     command("--ckpt", "x", "-p", "y", "--system", "be brief")
     assert [message["role"] for message in command.vlm.asked[0][0]] == ["system", "user"]
