@@ -6,7 +6,7 @@ import pytest
 import tiny
 import tokenizers_tiny
 import torch
-from llava_twins import BASE, opened, twins
+from llava_twins import BASE, TOKENIZER, opened, twins
 from tiny import load, our_logits, picture, turn
 
 import minivlm
@@ -105,6 +105,17 @@ def test_labels_and_answers_follow_the_template():
     assert all(token < BASE for token in result.token_ids)
 
 
+def test_text_around_a_picture_is_encoded_piece_by_piece():
+    """The original cuts its prompt at <image> and encodes every piece as a text of its own."""
+    tokenizer = opened("1.5").processor.tokenizer
+    for prompt in ("USER: <image>\nWhat? ASSISTANT:", "<image><image> a\n<image>", "It<image>'s <image>  here"):
+        first, *others = (TOKENIZER.encode(piece).ids[1:] for piece in prompt.split("<image>"))
+        wanted = [1, *first]
+        for piece in others:
+            wanted += [BASE, *piece]
+        assert tokenizer.encode(prompt, add_bos=True) == wanted
+
+
 def test_marks_around_a_picture(tmp_path):
     """<im_patch>, <im_start> and <im_end> are appended in this order, where the files lack them; <image> comes last."""
     folder = twins("1.5").original(
@@ -146,16 +157,21 @@ def test_text_alone_needs_no_tower(tmp_path):
     assert torch.equal(our_logits(vlm, vlm.preprocess(prompt)), our_logits(whole, whole.preprocess(prompt)))
 
 
-def test_a_tower_folder_may_be_absolute_or_of_vision_alone(tmp_path):
+@pytest.mark.parametrize("prefix", ["vision_model.", ""])
+def test_a_tower_folder_may_be_absolute_and_of_vision_alone(tmp_path, prefix):
     vlm = load(twins("1.5").original(tmp_path / "original", "outside"))
+    prompt = [Prompt("<image>", images=[picture(33, 70)])]
+    logits = our_logits(vlm, vlm.preprocess(prompt))
     clip = (tmp_path / "original" / "clip").rename(tmp_path / "tower")
     config = json.loads((clip / "config.json").read_text())["vision_config"]
     tiny.write_json(clip / "config.json", config)
+    tensors = torch.load(clip / "pytorch_model.bin")
+    tensors = {name.replace("vision_model.", prefix): x for name, x in tensors.items() if name.startswith("vision_")}
+    torch.save(tensors, clip / "pytorch_model.bin")
     other = twins("1.5").original(tmp_path / "other", "outside", mm_vision_tower=str(clip))
     (other / "clip" / "pytorch_model.bin").unlink()
-    prompt = [Prompt("<image>", images=[picture(33, 70)])]
     other = load(other)
-    assert torch.equal(our_logits(other, other.preprocess(prompt)), our_logits(vlm, vlm.preprocess(prompt)))
+    assert torch.equal(our_logits(other, other.preprocess(prompt)), logits)
 
 
 def test_pinpoints_may_be_a_string():
@@ -181,6 +197,7 @@ REFUSED = [
     ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type"),
     ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature"),
     ({"mm_vision_select_layer": -9}, "hidden states"),
+    ({"mm_vision_select_layer": "-2"}, "mm_vision_select_layer"),
     ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type"),
     ({"s2": True}, "s2"),
     ({"architectures": ["LlavaMptForCausalLM"]}, "LlavaMptForCausalLM"),

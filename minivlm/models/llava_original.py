@@ -90,6 +90,9 @@ def to_hub(config: dict, vision: dict, image_token_id: int) -> dict:
     _check("mm_patch_merge_type", merge, ("spatial_unpad",) if anyres else ("flat",))
     _check("mm_resampler_type", config.get("mm_resampler_type"), (None,))
     _check("s2", config.get("s2", False), (False,))
+    layer = config.get("mm_vision_select_layer", -2)
+    if not isinstance(layer, int):
+        raise MinivlmError(f"config.json: mm_vision_select_layer is {layer!r}, not the number of a layer")
     theirs = ("mm_", "image_", "architectures", "model_type")  # the last two of the whole, the others of pictures
     text = {key: value for key, value in config.items() if not any(word in key for word in theirs)}
     hub = {
@@ -98,7 +101,7 @@ def to_hub(config: dict, vision: dict, image_token_id: int) -> dict:
         "image_token_index": image_token_id,
         "text_config": text | {"model_type": TEXT_MODELS[name]},
         "vision_config": {"model_type": "clip_vision_model"} | vision,
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_layer": layer,
         "vision_feature_select_strategy": "default" if feature == "patch" else "full",
         "projector_hidden_act": "gelu",
         "projector_depth": projector_depth(config.get("mm_projector_type") or "linear"),
@@ -157,8 +160,8 @@ KEYS = {
 }
 INSIDE = "model.vision_tower."  # what the tensors of a tower start with, where the checkpoint has one of its own
 
-# A CLIP of its own: both halves, of which only the one that sees is read.
-TOWER_KEYS = {"": ("vision_model",)}
+# A CLIP of its own: both halves, of which only the one that sees is read; or that one alone, as transformers 5 saves.
+TOWER_KEYS = {"": ("vision_model", "")}
 NOT_TOWER = ("text_model", "text_projection", "visual_projection", "logit_scale")
 
 
@@ -228,7 +231,7 @@ def conversation_of(config: dict, tokenizer: Tokenizer) -> str:
     """
     ids = config.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
-    ends = {tokenizer.backend.id_to_token(index) for index in ids if isinstance(index, int) and index >= 0}
+    ends = {tokenizer.backend.id_to_token(index) for index in ids if index in range(tokenizer.vocab_size)}
     if config.get("tune_mm_mlp_adapter"):
         return "plain"
     if "<|im_end|>" in ends:
