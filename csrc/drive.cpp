@@ -1,6 +1,7 @@
-// Drives the CPU kernels and the emulated CUDA kernels without torch: random and hostile shapes, every dtype, aligned and not, and
-// compares the two with each other. Built with AddressSanitizer and UndefinedBehaviorSanitizer by `make sanitize`; every buffer is
-// a heap block of exactly its size, so that one element too far is seen. Also the program to set breakpoints in: `make emulate`.
+// Drives the CPU kernels and the emulated CUDA kernels without torch: random and hostile shapes, every dtype, aligned
+// and not, and compares the two with each other. Built with AddressSanitizer and UndefinedBehaviorSanitizer by `make
+// sanitize`; every buffer is a heap block of exactly its size, so that one element too far is seen. Also the program to
+// set breakpoints in: `make emulate`.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,13 +40,14 @@ struct Buffer {
   std::unique_ptr<unsigned char[]> block;
   size_t count, shift;
 
-  explicit Buffer(int64_t count, int64_t shift = 0) : block(new unsigned char[(count + shift) * sizeof(T)]), count(count), shift(shift) {
+  explicit Buffer(int64_t count, int64_t shift = 0) : count(count), shift(shift) {
+    block.reset(new unsigned char[(count + shift) * sizeof(T)]);
     std::memset(block.get(), 0xff, (count + shift) * sizeof(T));  // NaN, so that what is left unwritten shows
   }
   T* data() { return reinterpret_cast<T*>(block.get()) + shift; }
   Buffer& randomise() {
     std::normal_distribution<float> normal;
-    for (size_t i = 0; i < count; i++) data()[i] = T(normal(generator));
+    for (size_t i = 0; i < count; i++) narrow(Acc<T>(normal(generator)), data()[i]);
     return *this;
   }
 };
@@ -57,7 +59,8 @@ template <class T, class U>
 void compare(Buffer<U>& ours, Buffer<U>& theirs, const char* what) {
   double worst = 0;
   for (size_t i = 0; i < ours.count; i++) {
-    const double a = double(ours.data()[i]), b = double(theirs.data()[i]), difference = std::abs(a - b) / (1 + std::abs(b));
+    const double a = widen(ours.data()[i]), b = widen(theirs.data()[i]);
+    const double difference = std::abs(a - b) / (1 + std::abs(b));
     if (!(difference <= worst)) worst = std::isnan(difference) ? INFINITY : difference;
   }
   expect(worst <= tolerance<T>, what);
@@ -74,10 +77,11 @@ void drive_rms_norm(Type type) {
   Buffer<T> grad_x[] = {Buffer<T>(n, shift), Buffer<T>(n, shift)};
   Buffer<Acc<T>> grad_weight[] = {Buffer<Acc<T>>(chunks * width), Buffer<Acc<T>>(chunks * width)}, stats(rows);
   for (int emulated : {0, 1}) {
-    const RmsNorm forward = {type, rows, width, 1e-6, x.data(), with_residual ? residual.data() : nullptr, weight.data(),
-                             y[emulated].data(), with_residual ? total[emulated].data() : nullptr};
-    const RmsNormBackward backward = {type, rows, width, 1e-6, grad.data(), with_residual ? grad_total.data() : nullptr, x.data(),
-                                      weight.data(), grad_x[emulated].data(), chunks, grad_weight[emulated].data(), stats.data()};
+    T *r = with_residual ? residual.data() : nullptr, *t = with_residual ? total[emulated].data() : nullptr;
+    T* gt = with_residual ? grad_total.data() : nullptr;
+    const RmsNorm forward = {type, rows, width, 1e-6, x.data(), r, weight.data(), y[emulated].data(), t};
+    const RmsNormBackward backward = {type, rows, width, 1e-6, grad.data(), gt, x.data(), weight.data(),
+                                      grad_x[emulated].data(), chunks, grad_weight[emulated].data(), stats.data()};
     emulated ? cuda::rms_norm(forward, nullptr) : cpu::rms_norm(forward);
     emulated ? cuda::rms_norm_backward(backward, nullptr) : cpu::rms_norm_backward(backward);
   }
@@ -102,8 +106,9 @@ void drive_rope(Type type) {
   Buffer<float> inv_freq(half);
   for (int64_t j = 0; j < half; j++) inv_freq.data()[j] = std::pow(1e4f, -float(j) / half);
   for (int emulated : {0, 1}) {
-    Rope a = {type, B, tokens, H, G, half, 1.5f, q.data(), k.data(), {tokens * q_row, q_row, K}, {tokens * k_row, k_row, K},
-              positions.data(), inv_freq.data(), sections, {}, q_out[emulated].data(), k_out[emulated].data()};
+    Rope a = {type, B, tokens, H, G, half, 1.5f, q.data(), k.data(), {tokens * q_row, q_row, K},
+              {tokens * k_row, k_row, K}, positions.data(), inv_freq.data(), sections, {}, q_out[emulated].data(),
+              k_out[emulated].data()};
     for (int i = 0; i < sections; i++) a.section_end[i] = int(half * (i + 1) / sections);  // the first may be empty
     emulated ? cuda::rope(a, nullptr) : cpu::rope(a);
   }
@@ -113,7 +118,8 @@ void drive_rope(Type type) {
 
 template <class T>
 void drive_patch_merge(Type type) {
-  const int64_t merge = pick({1, 2, 3}), C = pick({1, 5, 8, 80, 161, 1280}), shift = pick({0, 0, 1}), chunks = pick({1, 3});
+  const int64_t merge = pick({1, 2, 3}), C = pick({1, 5, 8, 80, 161, 1280});
+  const int64_t shift = pick({0, 0, 1}), chunks = pick({1, 3});
   std::vector<int64_t> grids;
   int64_t P = 0;
   for (int64_t pictures = pick({0, 1, 3}); pictures > 0; pictures--) {
@@ -127,16 +133,18 @@ void drive_patch_merge(Type type) {
   expect(std::find(seen.begin(), seen.end(), false) == seen.end(), "source_patch is a permutation");
   auto buffer = [&](int64_t count) { return std::move(Buffer<T>(count, shift).randomise()); };
   Buffer<T> x = buffer(P * C), weight = buffer(C), bias = buffer(C), grad = buffer(P * C);
-  Buffer<T> y[] = {Buffer<T>(P * C, shift), Buffer<T>(P * C, shift)}, grad_x[] = {Buffer<T>(P * C, shift), Buffer<T>(P * C, shift)};
+  Buffer<T> y[] = {Buffer<T>(P * C, shift), Buffer<T>(P * C, shift)};
+  Buffer<T> grad_x[] = {Buffer<T>(P * C, shift), Buffer<T>(P * C, shift)};
   Buffer<Acc<T>> grad_weight[] = {Buffer<Acc<T>>(chunks * C), Buffer<Acc<T>>(chunks * C)};
   Buffer<Acc<T>> grad_bias[] = {Buffer<Acc<T>>(chunks * C), Buffer<Acc<T>>(chunks * C)}, stats(2 * P);
   Buffer<int64_t> sources(P);
   for (int emulated : {0, 1}) {
-    const double eps = 1e-2;  // rows of one element have no variance; with a tiny eps their gradient would only be noise
-    const PatchMerge forward = {type, P, C, merge, eps, x.data(), grids.data(), weight.data(), bias.data(), y[emulated].data()};
+    const double eps = 1e-2;  // rows of one element have no variance; with a tiny eps their gradient would be noise
+    const PatchMerge forward = {type, P, C, merge, eps, x.data(), grids.data(), weight.data(), bias.data(),
+                                y[emulated].data()};
     const PatchMergeBackward backward = {type, P, C, merge, eps, grad.data(), x.data(), grids.data(), weight.data(),
-                                         grad_x[emulated].data(), chunks, grad_weight[emulated].data(), grad_bias[emulated].data(),
-                                         stats.data(), sources.data()};
+                                         grad_x[emulated].data(), chunks, grad_weight[emulated].data(),
+                                         grad_bias[emulated].data(), stats.data(), sources.data()};
     emulated ? cuda::patch_merge(forward, nullptr) : cpu::patch_merge(forward);
     emulated ? cuda::patch_merge_backward(backward, nullptr) : cpu::patch_merge_backward(backward);
   }
@@ -146,19 +154,25 @@ void drive_patch_merge(Type type) {
   compare<T>(grad_bias[1], grad_bias[0], "patch_merge: gradient of bias");
 }
 
-// All 65536 halves survive the way to float and back, and what lies between two of them goes to the nearer, ties to even.
+uint16_t half_of(float value) {
+  float16 half;
+  narrow(value, half);
+  return half.bits;
+}
+
+// All halves survive the way to float and back, and what lies between two of them goes to the nearer, ties to even.
 void check_float16() {
-  for (uint32_t bits = 0; bits < 0x7c00; bits++) {
-    float16 low, high;
-    low.bits = uint16_t(bits), high.bits = uint16_t(bits + 1);
-    const float a = low, b = bits == 0x7bff ? 65536.f : float(high), middle = (a + b) / 2;
-    const bool good = float16(a).bits == bits && float16(-a).bits == (bits | 0x8000) && float16(middle).bits == bits + bits % 2 &&
-                      float16(std::nextafter(middle, 0.f)).bits == bits && float16(std::nextafter(middle, 1e9f)).bits == bits + 1;
-    expect(good, "float16 rounds to nearest, ties to even");
+  for (int bits = 0; bits < 0x7c00; bits++) {
+    const float low = widen(float16{uint16_t(bits)});
+    const float high = bits == 0x7bff ? 65536 : widen(float16{uint16_t(bits + 1)});
+    const float middle = (low + high) / 2, below = std::nextafter(middle, 0.f), above = std::nextafter(middle, 1e9f);
+    expect(half_of(low) == bits && half_of(-low) == (bits | 0x8000), "float16 comes back");
+    expect(half_of(below) == bits && half_of(above) == bits + 1, "float16 goes to the nearer");
+    expect(half_of(middle) == bits + bits % 2, "float16 breaks ties to even");
   }
-  expect(std::isinf(float(float16(INFINITY))) && float16(-1e9f).bits == 0xfc00, "float16 infinity");
-  expect(std::isnan(float(float16(NAN))) && std::isnan(float(bfloat16(NAN))), "NaN stays NaN");
-  expect(std::isinf(float(bfloat16(3.4e38f))), "bfloat16 overflows to infinity");
+  expect(half_of(INFINITY) == 0x7c00 && half_of(-1e9f) == 0xfc00, "float16 has infinities");
+  expect(std::isnan(rounded<float16>(NAN)) && std::isnan(rounded<bfloat16>(NAN)), "NaN stays NaN");
+  expect(std::isinf(rounded<bfloat16>(3.4e38f)), "bfloat16 overflows to infinity");
 }
 
 }  // namespace

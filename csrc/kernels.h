@@ -1,8 +1,9 @@
-// The kernels' whole interface: sizes and plain pointers. No torch here, so that every kernel compiles with a bare compiler and
-// runs under a stand-alone driver; bindings.h joins them to torch. Each function exists twice, in `cpu` and in `cuda`.
+// The kernels' whole interface: sizes and plain pointers. No torch here, so that every kernel compiles with a bare
+// compiler and runs under a stand-alone driver; bindings.h joins them to torch. Each function exists twice, in `cpu`
+// and in `cuda`.
 //
-// Letters as everywhere: B batch, T tokens, H query heads, G key/value heads, K head width. "Acc" is the type sums are kept in:
-// double for f64, float for everything else.
+// Letters as everywhere: B batch, T tokens, H query heads, G key/value heads, K head width. "Acc" is the type that sums
+// are kept in: double for f64, float for everything else.
 #pragma once
 #include <cstdint>
 
@@ -30,25 +31,26 @@ struct RmsNormBackward {
   const void* x;           // (rows, width): what was normalised
   const void* weight;      // (width)
   void* grad_x;            // (rows, width)
-  int64_t chunks;          // rows are summed chunk by chunk, and the caller adds the chunks: the order never depends on threads
+  int64_t chunks;          // rows are summed chunk by chunk and the caller adds the chunks: no order depends on threads
   void* grad_weight;       // (chunks, width), Acc
   void* stats;             // (rows), Acc: scratch
 };
 
 struct Rope {
   static constexpr int max_sections = 8;
-  static constexpr int max_half = 512;                  // K/2
+  static constexpr int max_half = 512;                       // K/2
   static constexpr int64_t max_position = int64_t(1) << 24;  // beyond it float32 skips integers
   Type type;
   int64_t batch, tokens, q_heads, k_heads, half;  // B, T, H, G, K/2
   float scale;
-  const void *q, *k;                              // (B, T, H or G, K), the last stride 1
-  int64_t q_strides[3], k_strides[3];             // of B, T and head, in elements
-  const int64_t* positions;                       // (sections, B, T)
-  const float* inv_freq;                          // (K/2)
+  const void *q, *k;                 // (B, T, H or G, K), the last stride 1
+  int64_t q_strides[3];              // of B, T and head, in elements
+  int64_t k_strides[3];
+  const int64_t* positions;          // (sections, B, T)
+  const float* inv_freq;             // (K/2)
   int sections;
-  int section_end[max_sections];                  // pairs below section_end[0] turn by row 0 of positions, and so on
-  void *q_out, *k_out;                            // (B, T, H or G, K), contiguous
+  int section_end[max_sections];     // pairs below section_end[0] turn by row 0 of positions, and so on
+  void *q_out, *k_out;               // (B, T, H or G, K), contiguous
 };
 
 struct PatchMerge {

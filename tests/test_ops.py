@@ -10,6 +10,8 @@ import torch
 from ops_helpers import backends, kernels, library, on, randn
 
 from minivlm import ops
+from minivlm.cache import KVCache
+from minivlm.decoder import Decoder, DecoderConfig
 from minivlm.errors import MinivlmError
 from minivlm.ops import backend as choice
 from minivlm.ops import build
@@ -40,6 +42,38 @@ def test_ops_compile_without_a_break(backend):
         for mine, exact in zip(ours[:3], theirs[:3], strict=True):
             assert mine.grad is not None
             torch.testing.assert_close(mine.grad, exact.grad)
+
+
+@kernels
+@pytest.mark.parametrize("sections", [None, (2, 3, 3)])
+def test_decoder_logits_are_the_references(backend, sections):
+    """The same tokens through prompt and cache, with kernels and without."""
+    config = DecoderConfig.from_hf(
+        {
+            "model_type": "qwen2", "vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "rope_scaling": sections and {"type": "mrope", "mrope_section": sections},
+        }
+    )  # fmt: skip
+    ids = torch.arange(14, device="cpu").view(2, 7)
+
+    def logits():
+        torch.manual_seed(0)
+        with torch.device("cpu"):
+            decoder = Decoder(config)
+        for parameter in decoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        decoder.to(torch.get_default_device())
+        tokens, cache = ids.to(torch.get_default_device()), KVCache(config.num_layers)
+        positions = None if sections is None else torch.stack([torch.arange(7).expand(2, 7) * i for i in (1, 2, 3)])
+        prompt = decoder(decoder.embed_tokens(tokens), torch.ones_like(tokens), positions, cache)
+        return torch.cat((prompt, decoder.decode(tokens[:, :1], cache)[:, None]), 1)
+
+    with on(backend), torch.inference_mode():
+        ours = logits()
+        with ops.use("reference"):
+            theirs = logits()
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @kernels

@@ -1,6 +1,6 @@
 // LayerNorm of every patch, written straight to its place in the merged order:
 //
-//   for each slot:  x = patches[source(slot)];   y[slot][d] = (x[d] - mean) / sqrt(variance + eps) * weight[d] + bias[d]
+//   for each slot:  x = patches[source(slot)];  y[slot][d] = (x[d] - mean) / sqrt(variance + eps) * weight[d] + bias[d]
 //
 // One read and one write per element, where LayerNorm followed by a permuting copy takes two of each.
 #include <algorithm>
@@ -22,10 +22,10 @@ template <class T>
 Moments<Acc<T>> moments(const T* x, int64_t width, double eps) {
   Acc<T> sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < width; d++) sum += Acc<T>(x[d]);
+  for (int64_t d = 0; d < width; d++) sum += widen(x[d]);
   const Acc<T> mean = sum / width;
 #pragma omp simd reduction(+ : squares)
-  for (int64_t d = 0; d < width; d++) squares += (Acc<T>(x[d]) - mean) * (Acc<T>(x[d]) - mean);
+  for (int64_t d = 0; d < width; d++) squares += (widen(x[d]) - mean) * (widen(x[d]) - mean);
   return {mean, 1 / std::sqrt(squares / width + Acc<T>(eps))};
 }
 
@@ -37,7 +37,7 @@ void forward_slot(const PatchMerge& a, int64_t slot) {
   const auto m = moments(x, a.width, a.eps);
 #pragma omp simd
   for (int64_t d = 0; d < a.width; d++)
-    y[d] = T((Acc<T>(x[d]) - m.mean) * m.scale * Acc<T>(weight[d]) + Acc<T>(bias[d]));
+    narrow((widen(x[d]) - m.mean) * m.scale * widen(weight[d]) + widen(bias[d]), y[d]);
 }
 
 // With n = (x - mean) * scale and g = weight * grad:  grad_x = scale * (g - mean(g) - n * mean(g * n)),
@@ -53,17 +53,17 @@ void backward_slot(const PatchMergeBackward& a, int64_t slot, Acc<T>* grad_weigh
   Acc<T> sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
   for (int64_t d = 0; d < a.width; d++) {
-    const Acc<T> g = Acc<T>(grad[d]), normed = (Acc<T>(x[d]) - m.mean) * m.scale;
-    sum += Acc<T>(weight[d]) * g;
-    dot += Acc<T>(weight[d]) * g * normed;
+    const Acc<T> g = widen(grad[d]), normed = (widen(x[d]) - m.mean) * m.scale;
+    sum += widen(weight[d]) * g;
+    dot += widen(weight[d]) * g * normed;
     grad_weight[d] += g * normed;
     grad_bias[d] += g;
   }
   sum /= a.width, dot /= a.width;
 #pragma omp simd
   for (int64_t d = 0; d < a.width; d++) {
-    const Acc<T> normed = (Acc<T>(x[d]) - m.mean) * m.scale;
-    grad_x[d] = T(m.scale * (Acc<T>(weight[d]) * Acc<T>(grad[d]) - sum - normed * dot));
+    const Acc<T> normed = (widen(x[d]) - m.mean) * m.scale;
+    narrow(m.scale * (widen(weight[d]) * widen(grad[d]) - sum - normed * dot), grad_x[d]);
   }
 }
 

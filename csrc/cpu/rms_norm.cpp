@@ -2,8 +2,10 @@
 //
 //   for each row:  scale = 1 / sqrt(mean(x^2) + eps);   y[d] = weight[d] * T(x[d] * scale)
 //
-// `omp simd` lets the compiler keep one partial sum per vector lane, which plain C++ forbids because it changes the order of the
-// additions. Memory: one read and one write per element (two and two with a residual); the second pass finds the row in cache.
+// `omp simd` lets the compiler keep one partial sum per vector lane, which plain C++ forbids, because it changes the
+// order of the additions. Memory: one read and one write per element (two and two with a residual); the second pass
+// finds the row in cache.
+#include <algorithm>
 #include <cmath>
 
 #include "../types.h"
@@ -16,7 +18,7 @@ template <class T>
 Acc<T> inverse_rms(const T* x, int64_t width, double eps) {
   Acc<T> squares = 0;
 #pragma omp simd reduction(+ : squares)
-  for (int64_t d = 0; d < width; d++) squares += Acc<T>(x[d]) * Acc<T>(x[d]);
+  for (int64_t d = 0; d < width; d++) squares += widen(x[d]) * widen(x[d]);
   return 1 / std::sqrt(squares / width + Acc<T>(eps));
 }
 
@@ -29,15 +31,16 @@ void forward_row(const RmsNorm& a, int64_t row) {
     const T* residual = static_cast<const T*>(a.residual) + row * a.width;
     T* total = static_cast<T*>(a.total) + row * a.width;
 #pragma omp simd
-    for (int64_t d = 0; d < a.width; d++) total[d] = T(Acc<T>(residual[d]) + Acc<T>(x[d]));
+    for (int64_t d = 0; d < a.width; d++) narrow(widen(residual[d]) + widen(x[d]), total[d]);
     x = total;
   }
   const Acc<T> scale = inverse_rms(x, a.width, a.eps);
 #pragma omp simd
-  for (int64_t d = 0; d < a.width; d++) y[d] = T(Acc<T>(weight[d]) * Acc<T>(T(Acc<T>(x[d]) * scale)));
+  for (int64_t d = 0; d < a.width; d++) narrow(widen(weight[d]) * rounded<T>(widen(x[d]) * scale), y[d]);
 }
 
-// With n = x * scale:  grad_x = scale * (weight * grad - n * mean(weight * grad * n)),  grad_weight = sum over rows of grad * n.
+// With n = x * scale:  grad_x = scale * (weight * grad - n * mean(weight * grad * n)) (+ grad_total),
+// grad_weight = sum over rows of grad * n.
 template <class T>
 void backward_row(const RmsNormBackward& a, int64_t row, Acc<T>* grad_weight) {
   const T* grad = static_cast<const T*>(a.grad) + row * a.width;
@@ -48,15 +51,15 @@ void backward_row(const RmsNormBackward& a, int64_t row, Acc<T>* grad_weight) {
   Acc<T> dot = 0;
 #pragma omp simd reduction(+ : dot)
   for (int64_t d = 0; d < a.width; d++) {
-    dot += Acc<T>(weight[d]) * Acc<T>(grad[d]) * Acc<T>(x[d]);
-    grad_weight[d] += Acc<T>(grad[d]) * Acc<T>(T(Acc<T>(x[d]) * scale));
+    dot += widen(weight[d]) * widen(grad[d]) * widen(x[d]);
+    grad_weight[d] += widen(grad[d]) * rounded<T>(widen(x[d]) * scale);
   }
   dot *= scale / a.width;
   const T* grad_total = a.grad_total ? static_cast<const T*>(a.grad_total) + row * a.width : nullptr;
 #pragma omp simd
   for (int64_t d = 0; d < a.width; d++) {
-    const Acc<T> through = scale * (Acc<T>(weight[d]) * Acc<T>(grad[d]) - Acc<T>(x[d]) * scale * dot);
-    grad_x[d] = T(grad_total ? through + Acc<T>(grad_total[d]) : through);
+    const Acc<T> through = scale * (widen(weight[d]) * widen(grad[d]) - widen(x[d]) * scale * dot);
+    narrow(grad_total ? through + widen(grad_total[d]) : through, grad_x[d]);
   }
 }
 

@@ -3,7 +3,8 @@
 //   for each token:  angle[j] = position * inv_freq[j]  in float32,  j < K/2
 //     for each head: y[j] = x[j] cos - x[j + K/2] sin;   y[j + K/2] = x[j + K/2] cos + x[j] sin
 //
-// A token's angles are worked out once for its H + G heads and live in 8 kB of stack; no table of cosines goes through memory.
+// A token's angles are worked out once for its H + G heads and live on the stack; no table of cosines goes through
+// memory.
 #include <stdexcept>
 #include <string>
 
@@ -36,9 +37,9 @@ template <class T>
 void rotate(const T* x, T* y, const Acc<T>* cosine, const Acc<T>* sine, int64_t half) {
 #pragma omp simd
   for (int64_t j = 0; j < half; j++) {
-    const Acc<T> first = Acc<T>(x[j]), second = Acc<T>(x[j + half]);
-    y[j] = T(first * cosine[j] - second * sine[j]);
-    y[j + half] = T(second * cosine[j] + first * sine[j]);
+    const Acc<T> first = widen(x[j]), second = widen(x[j + half]);
+    narrow(first * cosine[j] - second * sine[j], y[j]);
+    narrow(second * cosine[j] + first * sine[j], y[j + half]);
   }
 }
 

@@ -14,26 +14,7 @@
 
 namespace minivlm::cuda {
 
-// torch compiles with the implicit conversions of the 16-bit types switched off, so they are spelled out once, here.
-__device__ inline float widen(float value) { return value; }
-__device__ inline double widen(double value) { return value; }
-__device__ inline float widen(__half value) { return __half2float(value); }
-__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-__device__ inline void narrow(float value, float& to) { to = value; }
-__device__ inline void narrow(double value, double& to) { to = value; }
-__device__ inline void narrow(float value, __half& to) { to = __float2half_rn(value); }
-__device__ inline void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16_rn(value); }
-
-// What `value` is after a trip through T.
-template <class T>
-__device__ inline Acc<T> rounded(Acc<T> value) {
-  T narrowed;
-  narrow(value, narrowed);
-  return widen(narrowed);
-}
-
-// V neighbours of a row, moved by one instruction: V * sizeof(T) is 16 bytes, or V is 1 where alignment does not allow more.
+// V neighbours of a row, moved by one instruction: 16 bytes' worth, or a single one where alignment allows no more.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T value[V];
@@ -49,9 +30,9 @@ __device__ inline void store(T* to, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-// The sum over all threads that share a row, given to each of them: within a warp by shuffles, between warps through shared
-// memory. Always in the same order, so that two runs agree to the last bit. All threads of the block must call it, unless a
-// row is one warp wide.
+// The sum over all threads that share a row, given to each of them: within a warp by shuffles, between warps through
+// shared memory. Always in the same order, so that two runs agree to the last bit. All threads of the block must call
+// it, unless a row is one warp wide.
 template <class A>
 __device__ inline A row_sum(A value) {
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
@@ -66,7 +47,7 @@ __device__ inline A row_sum(A value) {
   return sum;
 }
 
-// How a block lies on rows of `packs` packs: enough threads that each moves about four packs, and never fewer than a warp.
+// How a block lies on rows of `packs` packs: so many threads that each moves about four, and never fewer than a warp.
 // Rows that one warp can carry share a block of four.
 inline dim3 row_block(int64_t packs) {
   unsigned threads = 32;
@@ -76,7 +57,7 @@ inline dim3 row_block(int64_t packs) {
 
 inline unsigned blocks_for(int64_t count, int64_t per_block) {
   const int64_t blocks = (count + per_block - 1) / per_block;
-  if (blocks > 0x7fffffff) throw std::runtime_error("minivlm: " + std::to_string(count) + " rows are more than one launch takes");
+  if (blocks > 0x7fffffff) throw std::runtime_error("minivlm: too many rows for a launch: " + std::to_string(count));
   return unsigned(blocks);
 }
 
@@ -88,15 +69,16 @@ bool fits_packs(std::initializer_list<const void*> pointers, std::initializer_li
   return aligned && whole;
 }
 
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, Arguments... arguments) {
+// kernel<<<grid, block>>>(a) on a stream, with the check that is so easily forgotten.
+template <class Arguments>
+void launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void* stream, const Arguments& a) {
 #ifdef __CUDACC__
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(a);
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("minivlm: a kernel did not start: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("minivlm: no launch: ") + cudaGetErrorString(error));
 #else
   (void)stream;  // emulated: finished when it returns
-  emulate::launch(kernel, grid, block, arguments...);
+  emulate::launch(kernel, grid, block, a);
 #endif
 }
 

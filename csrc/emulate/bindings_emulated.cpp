@@ -1,4 +1,4 @@
-// The emulated CUDA kernels as the CPU implementation of a second library, minivlm_emulated, beside the C++ kernels' one.
+// The emulated CUDA kernels as the CPU implementation of a second library, minivlm_emulated, beside the C++ kernels'.
 #include <ATen/core/Tensor.h>
 
 namespace minivlm {

@@ -1,12 +1,12 @@
-// CUDA on a CPU, as much of it as the kernels in ../cuda use: grid, block, shared memory, __syncthreads and warp shuffles.
+// CUDA on a CPU, as much of it as the kernels in ../cuda use: grid, block, shared memory, __syncthreads, warp shuffles.
 //
-// Put this folder first on the include path and compile a .cu file as C++ (g++ -x c++ -I csrc/emulate): the shipping kernel
-// runs without a GPU, under a debugger, under sanitizers, in CI. Blocks run one after the other. Within a block every CUDA thread is
-// a fiber, which runs until it waits at a barrier; a shuffle is a barrier of its warp. Hence what it cannot show: races between
-// barriers, since threads never run at the same time, and speed.
+// Put this folder first on the include path and compile a .cu file as C++ (g++ -x c++ -I csrc/emulate): the shipping
+// kernel runs without a GPU, under a debugger, under sanitizers, in CI. Blocks run one after the other. Within a block
+// every CUDA thread is a fiber, which runs until it waits at a barrier; a shuffle is a barrier of its warp. Hence what
+// it cannot show: races between barriers, since threads never run at the same time, and speed.
 //
-// Whatever is not here is refused: most of it does not compile, and a barrier that not all threads reach, a partial mask or a
-// shuffle in an unfinished warp stop the program with a line that says so.
+// What is not here is refused: most of it does not compile, and a barrier that not all threads reach, a partial mask or
+// a shuffle in an unfinished warp stop the program with a line that says so.
 #pragma once
 #include <ucontext.h>
 
@@ -24,7 +24,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time, so one copy will do; `extern __shared__` (sized at launch) does not compile
+#define __shared__ static  // one block at a time: one copy will do. `extern __shared__` does not compile
 
 struct dim3 {
   unsigned x, y, z;
@@ -38,8 +38,8 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that is run
 namespace emulate {
 
 [[noreturn]] inline void refuse(const char* what) {
-  std::fprintf(stderr, "emulate: block (%u, %u, %u), thread (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
-               threadIdx.y, threadIdx.z, what);
+  const dim3 b = blockIdx, t = threadIdx;
+  std::fprintf(stderr, "emulate: block (%u, %u, %u), thread (%u, %u, %u): %s\n", b.x, b.y, b.z, t.x, t.y, t.z, what);
   std::abort();
 }
 
@@ -108,8 +108,9 @@ inline void run_block() {
   for (size_t i = 0; i < block_size; i++) {
     if (threads[i].state == State::done) continue;
     threadIdx = threads[i].index;
-    refuse(threads[i].state == State::at_block_barrier ? "waits in __syncthreads, which other threads of its block never reach"
-                                                       : "waits in a shuffle, which other lanes of its warp never reach");
+    const bool in_shuffle = threads[i].state == State::at_warp_barrier;
+    refuse(in_shuffle ? "waits in a shuffle, which other lanes of its warp never reach"
+                      : "waits in __syncthreads, which other threads of its block never reach");
   }
 }
 
