@@ -54,6 +54,16 @@ DEFAULTS = {
         "use_sliding_window": False,
         "max_window_layers": 28,
     },
+    "mllama_text_model": {
+        **_COMMON,
+        "vocab_size": 128256,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    },
 }
 
 
@@ -123,6 +133,7 @@ class Step:
     mask: Tensor | None  # (B or 1, 1, T, S) bool; None: plain causal
     window_mask: Tensor | None  # the same for layers with a sliding window
     cache: KVCache | None
+    memory: dict[str, Tensor] | None = None  # what a family's own layers read (Mllama: keys and values of pictures)
 
 
 class Attention(nn.Module):
@@ -191,12 +202,14 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        memory: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Embeddings `(B, T, D)` of a whole prompt → logits `(B, T, V)` float32, or `(B, 1, V)` of the last token
         alone.
 
         `attention_mask (B, T)` is 0 on left padding. `positions` are `(B, T)`, by default each row's own count of
         real tokens, or `(3, B, T)` for M-RoPE. `cache` must be fresh; it is filled, so that `decode` can go on.
+        `memory` is for layers of a family's own; in `decode` they get `cache.memory`.
         """
         T = x.shape[1]
         if positions is None:
@@ -208,17 +221,24 @@ class Decoder(nn.Module):
             # Where the text goes on: one past the largest position in use (of all three rows, in M-RoPE).
             last = positions.amax(dim=(0, 2)) if positions.dim() == 3 else positions.amax(dim=1)
             cache.position_delta = last + 1 - T
-        step = self.step(positions, None if padding is None else ~padding, cache, T)
+        step = self.step(positions, None if padding is None else ~padding, cache, T, memory)
         return self.run(x, step, last_only)
 
     def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
         """One further token for every row: ids `(B, 1)` → logits `(B, V)` float32. The cache moves on by one."""
         S = cache.length + 1
         positions = (cache.position_delta + cache.length)[:, None]  # (B, 1)
-        step = self.step(positions, cache.key_mask(S), cache, 1)
+        step = self.step(positions, cache.key_mask(S), cache, 1, cache.memory)
         return self.run(self.embed_tokens(token_ids), step)[:, 0]  # (B, V)
 
-    def step(self, positions: Tensor, key_mask: Tensor | None, cache: KVCache | None, T: int) -> Step:
+    def step(
+        self,
+        positions: Tensor,
+        key_mask: Tensor | None,
+        cache: KVCache | None,
+        T: int,
+        memory: dict[str, Tensor] | None,
+    ) -> Step:
         """Masks and frequencies for T new tokens, once for all layers."""
         config = self.config
         S = T if cache is None else cache.length + T
@@ -228,7 +248,7 @@ class Decoder(nn.Module):
         if config.sliding_window is not None:
             window_mask = causal_mask(T, S, key_mask, config.sliding_window, positions.device)
         sections = config.rope.sections if positions.dim() == 3 else None
-        return Step(positions, inv_freq, scale, sections, mask, window_mask, cache)
+        return Step(positions, inv_freq, scale, sections, mask, window_mask, cache, memory)
 
     def run(self, x: Tensor, step: Step, last_only: bool = False) -> Tensor:
         for layer in self.layers:

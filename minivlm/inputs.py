@@ -30,7 +30,8 @@ class Inputs:
     attention_mask: Tensor  # (B, T) int64; 0 marks left padding
     labels: Tensor | None = None  # (B, T) int64; −100 everywhere but on assistant answers
 
-    pixel_values: Tensor | None = None  # (I, 3, height, width), or (P, ...) in Qwen2-VL
+    # (I, 3, height, width), or (P, ...) in Qwen2-VL, or (B, pictures, tiles, 3, height, width) in Mllama
+    pixel_values: Tensor | None = None
     image_sizes: Tensor | None = None  # (N, 2) int64, the pictures' own (height, width) in pixels
     image_grids: Tensor | None = None  # (N, 2) int64, anyres: rows and columns of tiles (not among transformers' names)
     image_grid_thw: Tensor | None = None  # (N, 3) int64, Qwen2-VL: frame pairs, rows, columns of patches

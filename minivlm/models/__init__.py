@@ -3,4 +3,6 @@
 MODULES = {
     "llava": "minivlm.models.llava",
     "llava_next": "minivlm.models.llava_next",
+    "mllama": "minivlm.models.mllama",
+    "mllama_text_model": "minivlm.models.mllama",
 }
