@@ -11,6 +11,7 @@ from tiny import load, our_logits, picture, turn
 
 import minivlm
 from minivlm import Prompt
+from minivlm import vlm as vlm_module
 from minivlm.chat_template import ChatTemplate
 from minivlm.errors import MinivlmError
 from minivlm.models.llava_original import CONVERSATIONS, conversation_of, is_original, pinpoints
@@ -140,9 +141,26 @@ def test_a_template_in_the_folder_goes_first(tmp_path):
 # --- where the tower is, and what is ignored --------------------------------------------------------------------------
 
 
-def test_the_known_tower_needs_no_files_for_its_sizes(tmp_path):
+def test_image_settings_are_the_towers(tmp_path):
+    folder = twins("1.5").original(tmp_path / "original")
+    tiny.write_json(folder / "clip" / "preprocessor_config.json", {"size": 40, "image_mean": [0.5, 0.25, 0]})
+    pixels = load(folder).preprocess([Prompt("<image>", images=[picture(2, 40)])]).pixel_values
+    colour = torch.tensor([127 / 255 - 0.5, 63 / 255 - 0.25, 0]) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    assert torch.allclose(pixels[0, :, 0, 0], colour, atol=1e-6)  # of the padding: int(255 · mean)
+
+
+def test_the_known_tower_needs_no_files_for_its_sizes(tmp_path, monkeypatch):
+    """And no network, where its weights are not needed."""
     known = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024}
+    asked, find = {}, vlm_module.resolve
+
+    def resolve(name, *given, **more):
+        asked[str(name)] = more.get("offline")
+        return find(name, *given, **more)
+
+    monkeypatch.setattr(vlm_module, "resolve", resolve)
     vlm = minivlm.load(twins("1.5").original(tmp_path / "original", **known), device="cpu", weights=False)
+    assert asked["openai/clip-vit-large-patch14-336"] is True
     vision = vlm.model.config.vision
     assert (vision.hidden_size, vision.num_layers, vision.num_heads, vision.image_size) == (1024, 24, 16, 336)
     assert vlm.preprocess([Prompt("<image>", images=[picture(30, 50)])]).pixel_values.shape == (1, 3, 336, 336)
