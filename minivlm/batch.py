@@ -37,7 +37,7 @@ def run_batch(vlm, questions: Path, answers: Path, sampling: dict, stats: bool =
             try:
                 row = read_row(line)
                 written |= {"id": row["id"]} if "id" in row else {}
-                result = vlm.generate(question_of(row), **sampling)
+                (result,) = vlm.generate([question_of(row)], **sampling)
                 written |= {
                     "text": result.text,
                     "token_ids": result.token_ids,
@@ -69,7 +69,7 @@ def read_rows(questions: Path) -> dict[int, bytes]:
 def read_row(line: bytes) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MinivlmError(f"the row is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise MinivlmError('a row is an object such as {"prompt": "What is this?", "images": ["cat.jpg"]}')
@@ -83,10 +83,10 @@ def question_of(row: dict) -> list[dict]:
         raise MinivlmError('a row has either "messages", or a "prompt" with "images" and "system" if you like')
     if "messages" in row:
         return row["messages"]
-    images = row.get("images", [])
-    if not isinstance(row["prompt"], str) or not isinstance(images, list):
-        raise MinivlmError('"prompt" is a text and "images" a list')
-    return messages_of(row["prompt"], images, row.get("system"))
+    prompt, images, system = row["prompt"], row.get("images", []), row.get("system")
+    if not isinstance(prompt, str) or not isinstance(images, list) or not isinstance(system, str | None):
+        raise MinivlmError('"prompt" and "system" are texts, and "images" is a list')
+    return messages_of(prompt, images, system)
 
 
 def read_answers(answers: Path, rows: dict[int, bytes]) -> tuple[int, set[int]]:
@@ -107,7 +107,7 @@ def read_answers(answers: Path, rows: dict[int, bytes]) -> tuple[int, set[int]]:
             number = answer["row"]
             if answer["of"] != fingerprint(rows[number]):
                 raise foreign
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
             raise foreign from error
         done.add(number)
         failed += "error" in answer

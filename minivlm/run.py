@@ -252,7 +252,7 @@ def read_messages(path: Path) -> list[dict]:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MinivlmError(f"--messages {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MinivlmError(f"--messages {path} is not JSON in UTF-8: {error}") from error
 
 
@@ -277,7 +277,7 @@ def answer(vlm, question, sampling: dict, args: dict, load_seconds: float) -> in
 
         print(show_prompt(prompt_token_ids, vlm.processor.tokenizer), file=sys.stderr)
     if "json" in args:
-        result = vlm.generate(question, **sampling)
+        (result,) = vlm.generate([question], **sampling)
     else:
         stream = vlm.stream(question, **sampling)
         for piece in stream:

@@ -28,11 +28,12 @@ class FakeVLM:
     def stream(self, messages, **sampling):
         return Stream(self, messages, sampling)
 
-    def generate(self, messages, **sampling):
-        stream = self.stream(messages, **sampling)
-        for _ in stream:
-            pass
-        return stream.result
+    def generate(self, conversations, **sampling):
+        streams = [self.stream(messages, **sampling) for messages in conversations]
+        for stream in streams:
+            for _ in stream:
+                pass
+        return [stream.result for stream in streams]
 
 
 class Stream:

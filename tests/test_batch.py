@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from fake_vlm import FakeVLM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minivlm.batch import run_batch
+from minivlm.batch import question_of, read_row, run_batch
+from minivlm.conversation import split_media
 from minivlm.errors import MinivlmError
 
 HERE = Path(__file__).parent
@@ -63,6 +65,8 @@ BAD_ROWS = {
     "an unknown key": '{"prompt": "a", "image": "b.png"}',
     "a system beside messages": '{"messages": [], "system": "a"}',
     "a prompt that is a number": '{"prompt": 3}',
+    "a system that is a number": '{"prompt": "a", "system": 3}',
+    "endless brackets": "[" * 100_000,
     "images that are a name": '{"prompt": "a", "images": "b.png"}',
     "a question that fails": '{"prompt": "fail"}',
     "a bug": '{"prompt": "bug"}',
@@ -107,6 +111,22 @@ def test_a_half_written_line_is_written_again(tmp_path_factory, cut):
     answers.write_bytes(whole[: max(0, len(whole) - cut)])
     assert run_batch(FakeVLM(), questions, answers, {}) == 0
     assert answers.read_bytes() == whole
+
+
+ROWS = [
+    b'{"id": 3, "prompt": "What is this?", "images": ["cat.jpg", "dog.jpg"], "system": "be brief"}',
+    b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "x"}]}]}',
+    b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "text"}]}]}',
+]
+
+
+@given(st.sampled_from(ROWS), st.lists(st.tuples(st.integers(0, 120), st.binary(max_size=3)), max_size=4))
+def test_a_damaged_row_is_a_conversation_or_a_one_line_error(row, changes):
+    for place, new in changes:
+        row = row[:place] + new + row[place + len(new) :]
+    with suppress(MinivlmError):
+        messages, _, _ = split_media(question_of(read_row(row)))
+        assert all(isinstance(m["content"], list) for m in messages)
 
 
 FOREIGN = {
