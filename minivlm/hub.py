@@ -59,7 +59,7 @@ GIGABYTES = {  # 1e9 bytes to download: two for each parameter, counted from the
     "Qwen/Qwen2-VL-72B-Instruct": 146.8,
     "meta-llama/Llama-3.2-11B-Vision": 21.3,
     "meta-llama/Llama-3.2-11B-Vision-Instruct": 21.3,
-    "meta-llama/Llama-3.2-90B-Vision": 177.2,
+    "meta-llama/Llama-3.2-90B-Vision": 177.1,
     "meta-llama/Llama-3.2-90B-Vision-Instruct": 177.2,
 }
 SMALL = ["*.json", "*.jinja", "tokenizer.model"]           # config, tokenizer, template, processor, index of shards

@@ -79,7 +79,18 @@ VISION_DEFAULTS = {
     "intermediate_layers_indices": (3, 7, 15, 23, 30),
     "supported_aspect_ratios": ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)),
 }
-CROSS_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
+TEXT_DEFAULTS = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "cross_attention_layers": (3, 8, 13, 18, 23, 28, 33, 38),
+}
 
 
 @dataclass(frozen=True)
@@ -149,11 +160,12 @@ class MllamaConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "MllamaConfig":
         text_only = config.get("model_type") == "mllama_text_model"
-        text = {"model_type": "mllama_text_model", **(config if text_only else config.get("text_config") or {})}
-        layers = text.get("cross_attention_layers")
+        text = config if text_only else config.get("text_config") or {}
+        text = TEXT_DEFAULTS | {key: value for key, value in text.items() if value is not None}
         return cls(
-            text=DecoderConfig.from_hf(text, tied=False),  # the head has fewer rows than the table
-            cross_layers=CROSS_LAYERS if layers is None else tuple(layers),
+            # All but the new layers is a Llama. Never tied: the head has fewer rows than the table.
+            text=DecoderConfig.from_hf(text | {"model_type": "llama"}, tied=False),
+            cross_layers=tuple(text["cross_attention_layers"]),
             vision=None if text_only else VisionConfig.from_hf(config.get("vision_config") or {}),
             image_token_id=config.get("image_token_index", config.get("image_token_id", 128256)),
         )
