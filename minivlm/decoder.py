@@ -18,7 +18,7 @@ from minivlm.layers import GatedMLP, Linear, RMSNorm, TiedHead, activation, atte
 from minivlm.positions import Rope, RopeConfig, text_positions
 
 # What the hub's sparse text configs leave out, per `model_type`. Source: transformers' configuration classes
-# (LlamaConfig, MistralConfig, Qwen2Config), whose defaults the published files rely on.
+# (LlamaConfig, MistralConfig, Qwen2Config and so on), whose defaults the published files rely on.
 _COMMON = {
     "hidden_act": "silu",
     "hidden_size": 4096,
@@ -53,6 +53,31 @@ DEFAULTS = {
         "sliding_window": 4096,
         "use_sliding_window": False,
         "max_window_layers": 28,
+    },
+    "qwen2_vl_text": {
+        **_COMMON,
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "max_window_layers": 80,
+    },
+    "mllama_text_model": {
+        **_COMMON,
+        "vocab_size": 128256,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
     },
 }
 
@@ -90,7 +115,7 @@ class DecoderConfig:
             raise MinivlmError(f"config.json names a text model of type {model_type!r}; this decoder knows {known}")
         c = DEFAULTS[model_type] | {key: value for key, value in config.items() if value is not None}
         head_dim = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
-        qwen = model_type == "qwen2"  # Qwen2 has biases on q, k, v by design, and no key in the config that says so
+        qwen = model_type.startswith("qwen2")  # biases on q, k, v by design, and no key in the config that says so
         no_window = not c["use_sliding_window"] or ("sliding_window" in config and config["sliding_window"] is None)
         return cls(
             vocab_size=c["vocab_size"],

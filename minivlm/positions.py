@@ -177,3 +177,34 @@ class Rope:
 def text_positions(attention_mask: Tensor) -> Tensor:
     """`(B, T)` mask → `(B, T)` positions that count the real tokens of each row from 0; padding stands at 0."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def mrope_positions(input_ids: Tensor, attention_mask: Tensor, grids: dict[int, Tensor | None], merge: int) -> Tensor:
+    """M-RoPE (Wang et al. 2024, section 2.1): frame, row and column of every token, `(3, B, T)` int64.
+
+    `grids[placeholder id] (N, 3)` are frame pairs, rows and columns of patches of what the placeholders stand for, in
+    order, row of the batch by row; `merge` patches along a side are one token. A token of text counts up all three
+    numbers alike. A picture or film is a block of (t, h, w) tokens that starts where the text before it ends; the text
+    behind it goes on at start + max(t, h, w), the paper's rule (transformers 5 goes on at start + max(h, w), which
+    differs for long films of small frames). So positions are fewer than tokens. Padding stands at 0.
+
+        a 1 × 2 × 2 block between words:  frame   0 1 1 1 1 3
+                                          row     0 1 1 2 2 3
+                                          column  0 1 2 1 2 3
+    """
+    queues = {token_id: iter([] if grid is None else grid.tolist()) for token_id, grid in grids.items()}
+    ids, steps = input_ids.cpu(), attention_mask.to("cpu", copy=True)  # how far the position moves on behind each token
+    within = torch.zeros(3, *ids.shape, dtype=torch.int64)  # position inside its block; words have none
+    is_vision = torch.isin(ids, torch.tensor(list(queues)))
+    for row in range(ids.shape[0]):
+        slots = is_vision[row].nonzero()[:, 0].tolist()
+        while slots:
+            start = slots[0]
+            t, h, w = next(queues[int(ids[row, start])])
+            h, w = h // merge, w // merge
+            end = start + t * h * w
+            within[:, row, start:end] = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T
+            steps[row, start:end] = 0
+            steps[row, end - 1] = max(t, h, w)
+            slots = slots[t * h * w :]
+    return (steps.cumsum(-1) - steps + within).to(input_ids.device)

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from minivlm import decoder
 from minivlm.cache import KVCache
-from minivlm.decoder import DEFAULTS, Decoder, DecoderConfig
+from minivlm.decoder import Decoder, DecoderConfig
 from minivlm.errors import MinivlmError
 from minivlm.positions import text_positions
 
@@ -271,7 +271,7 @@ SPARSE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", DEFAULTS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("sparse", SPARSE)
 def test_what_a_config_leaves_out_is_what_transformers_takes(model_type, sparse):
     given = {key: value for key, value in SPARSE[sparse].items() if model_type != "llama" or "window" not in key}
@@ -286,7 +286,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(model_type, sparse)
     assert ours.sliding_window == (None if model_type == "llama" else theirs.sliding_window)
 
 
-@pytest.mark.parametrize("model_type", DEFAULTS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_the_parameters_are_those_of_transformers_by_name_and_shape(model_type):
     with torch.device("meta"):
         ours = Decoder(DecoderConfig.from_hf({"model_type": model_type}))

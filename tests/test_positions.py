@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minivlm.errors import MinivlmError
-from minivlm.positions import Rope, RopeConfig, rope_frequencies, text_positions
+from minivlm.positions import Rope, RopeConfig, mrope_positions, rope_frequencies, text_positions
 
 K = 16  # head width, so 8 pairs
 BASE = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 128, "rope_theta": 500.0}
@@ -134,3 +134,68 @@ def test_text_positions_by_hand():
 def test_left_padding_moves_no_position(padding, length):
     mask = torch.tensor([[0] * padding + [1] * length])
     assert text_positions(mask)[0, padding:].tolist() == list(range(length))
+
+
+# --- M-RoPE -----------------------------------------------------------------------------------------------------------
+
+IMAGE, VIDEO, WORD, PAD = 90, 91, 5, 0
+grids = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))  # of tokens: frame pairs, rows, columns
+pieces = st.one_of(st.integers(1, 4), st.tuples(st.just(IMAGE), grids), st.tuples(st.just(VIDEO), grids))
+
+
+def slow_row(parts):
+    """The paper's rule, a token at a time: (ids, [(frame, row, column)]). A part is a number of words or a block."""
+    ids, positions = [], []
+    for part in parts:
+        if isinstance(part, int):
+            for _ in range(part):
+                following = max((max(p) for p in positions), default=-1) + 1
+                ids.append(WORD)
+                positions.append((following, following, following))
+            continue
+        token_id, (frames, rows, columns) = part
+        following = max((max(p) for p in positions), default=-1) + 1
+        for frame in range(frames):
+            for row in range(rows):
+                for column in range(columns):
+                    ids.append(token_id)
+                    positions.append((following + frame, following + row, following + column))
+    return ids, positions
+
+
+@given(st.lists(st.lists(pieces, min_size=1, max_size=6), min_size=1, max_size=3), st.integers(1, 3))
+def test_mrope_positions_of_any_interleaving(batch, merge):
+    """Blocks may stand side by side without a word between them."""
+    rows = [slow_row(parts) for parts in batch]
+    T = max(len(ids) for ids, _ in rows)
+    input_ids = torch.tensor([[PAD] * (T - len(ids)) + ids for ids, _ in rows])
+    mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids, _ in rows])
+    blocks = [part for parts in batch for part in parts if not isinstance(part, int)]
+    in_patches = {
+        token_id: torch.tensor([(t, h * merge, w * merge) for own, (t, h, w) in blocks if own == token_id])
+        for token_id in (IMAGE, VIDEO)
+    }
+    before = input_ids.clone(), mask.clone()
+    ours = mrope_positions(input_ids, mask, in_patches, merge)
+    assert torch.equal(input_ids, before[0]) and torch.equal(mask, before[1])
+    for row, (ids, positions) in enumerate(rows):
+        assert ours[:, row, T - len(ids) :].T.tolist() == [list(p) for p in positions]
+        assert not ours[:, row, : T - len(ids)].any()
+
+
+def test_mrope_positions_by_hand():
+    """word, a block of 1 × 2 × 2, word, a film of 3 × 1 × 2 (its frames are its longest side), word."""
+    input_ids = torch.tensor([[PAD, WORD, *[IMAGE] * 4, WORD, *[VIDEO] * 6, WORD]])
+    grids = {IMAGE: torch.tensor([[1, 4, 4]]), VIDEO: torch.tensor([[3, 2, 4]])}
+    ours = mrope_positions(input_ids, (input_ids != PAD).long(), grids, merge=2)
+    assert ours[:, 0].tolist() == [
+        [0, 0, 1, 1, 1, 1, 3, 4, 4, 5, 5, 6, 6, 7],
+        [0, 0, 1, 1, 2, 2, 3, 4, 4, 4, 4, 4, 4, 7],
+        [0, 0, 1, 2, 1, 2, 3, 4, 5, 4, 5, 4, 5, 7],
+    ]
+
+
+def test_mrope_positions_of_words_are_text_positions():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ours = mrope_positions(torch.full((2, 5), WORD), mask, {IMAGE: None, VIDEO: None}, merge=2)
+    assert torch.equal(ours, text_positions(mask).expand(3, 2, 5))

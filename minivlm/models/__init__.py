@@ -3,6 +3,7 @@
 MODULES = {
     "llava": "minivlm.models.llava",
     "llava_next": "minivlm.models.llava_next",
+    "qwen2_vl": "minivlm.models.qwen2_vl",
     "mllama": "minivlm.models.mllama",
     "mllama_text_model": "minivlm.models.mllama",
 }

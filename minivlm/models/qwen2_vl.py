@@ -1,0 +1,507 @@
+"""Qwen2-VL (Wang et al. 2024, arXiv:2409.12191): pictures of any size, films, and positions that know space and time.
+
+LLaVA-NeXT cuts a large picture into tiles of the one size that its tower has learned. Qwen2-VL has a tower without a
+size: its positions are rotary, so a picture keeps its shape and becomes as many tokens as it has patches, a quarter of
+them after merging 2 × 2. A film is the same with more than one layer of patches, and the language model is told frame,
+row and column of every token.
+
+| | LLaVA-NeXT (`llava_next.py`) | Qwen2-VL |
+|---|---|---|
+| a picture becomes | an overview + tiles of 336 × 336 | one picture, both sides rounded to multiples of 28 |
+| tokens | overview + grid + newlines | height · width / 28², within `min_pixels` and `max_pixels` |
+| a film becomes | – | frame pairs: a patch is 2 frames × 14 × 14 pixels |
+| positions in the tower | a learned table | 2-D rotary: half of the channels turn by row, half by column |
+| projector | two-layer MLP per patch | `patch_merge` (LayerNorm, 2 × 2 patches side by side), then the MLP |
+| positions in the text | 1-D | M-RoPE: frame, row, column; for text all three are equal |
+
+    picture → patches (P, 1176) → 32 blocks (P, 1280) → merge (P / 4, 5120) → MLP (P / 4, D) → decoder
+
+Patches are in raster order (frame pair, row, column) throughout, so that the merge is a visible step; transformers
+orders them cell by cell when it cuts the picture, with the same result.
+
+Does not: read films from files. Sections: configuration, the tower, the model, the processor.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from minivlm import ops
+from minivlm.cache import KVCache
+from minivlm.conversation import collate, expand, read
+from minivlm.decoder import Decoder, DecoderConfig
+from minivlm.errors import MinivlmError
+from minivlm.files import read_json
+from minivlm.fuse import fuse
+from minivlm.image_config import CLIP_DEFAULTS, ImageConfig
+from minivlm.images import normalise, resize
+from minivlm.inputs import Inputs, Prompt
+from minivlm.layers import MLP, Linear, activation, attention
+from minivlm.models.llava import is_tied
+from minivlm.open_image import open_image
+from minivlm.positions import Rope, RopeConfig, mrope_positions
+from minivlm.text import ChatTemplate, Tokenizer
+
+# The hub's layout, then that of transformers ≥ 4.52. The longest spelling wins, so "model" is what nothing else fits.
+KEYS = {
+    "language_model": ("model", "model.language_model"),
+    "language_model.lm_head": ("lm_head",),
+    "vision_tower": ("visual", "model.visual"),
+}
+
+# What a sparse `vision_config` leaves out. Source: transformers' Qwen2VLVisionConfig.
+VISION_DEFAULTS = {
+    "depth": 32,
+    "embed_dim": 1280,
+    "hidden_size": 3584,
+    "hidden_act": "quick_gelu",
+    "mlp_ratio": 4,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+# What a silent preprocessor_config.json leaves out. Source: transformers' Qwen2VLImageProcessor.
+IMAGE_DEFAULTS = {**CLIP_DEFAULTS, "do_center_crop": False, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
+
+MAX_RATIO = 200  # of a picture's longer side to the shorter
+# A film, in tokens. Source: qwen-vl-utils, transformers' Qwen2VLVideoProcessor.
+MIN_FRAME_TOKENS, MAX_FRAME_TOKENS = 128, 768  # per frame, before pairs of frames become one
+MAX_FILM_TOKENS = int(128_000 * 0.9)  # of all frame pairs; longer films get smaller frames
+
+# For folders without a chat template: the published one. `add_vision_id` numbers pictures and films.
+TEMPLATE = (
+    "{% set seen = namespace(images=0, videos=0) %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message.role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}{% set seen.images = seen.images + 1 %}"
+    "{% if add_vision_id %}Picture {{ seen.images }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}{% set seen.videos = seen.videos + 1 %}"
+    "{% if add_vision_id %}Video {{ seen.videos }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    hidden_size: int  # C
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    hidden_act: str
+    patch_size: int  # pixels, a square
+    frames: int  # of a patch
+    merge: int  # patches along a side of what becomes one token
+    out_size: int  # D, the decoder's width
+    theta: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def cell(self) -> int:
+        """Side of one token's square in pixels; both sides of a picture are multiples of it."""
+        return self.patch_size * self.merge
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers of one patch: 3 colours × 2 frames × 14 × 14."""
+        return 3 * self.frames * self.patch_size**2
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "VisionConfig":
+        """Trap: `hidden_size` there is the decoder's width; the tower's own is `embed_dim`."""
+        c = VISION_DEFAULTS | {key: value for key, value in config.items() if value is not None}
+        return cls(
+            hidden_size=c["embed_dim"],
+            intermediate_size=int(c["embed_dim"] * c["mlp_ratio"]),
+            num_layers=c["depth"],
+            num_heads=c["num_heads"],
+            hidden_act=c["hidden_act"],
+            patch_size=c["patch_size"],
+            frames=c["temporal_patch_size"],
+            merge=c["spatial_merge_size"],
+            out_size=c["hidden_size"],
+            theta=(c.get("rope_parameters") or {}).get("rope_theta", 10000.0),
+        )
+
+
+@dataclass(frozen=True)
+class Qwen2VLConfig:
+    text: DecoderConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "Qwen2VLConfig":
+        """The text part stands at the top level (the hub's files) or under `text_config` (transformers ≥ 4.52)."""
+        text = {**(config.get("text_config") or config), "model_type": "qwen2_vl_text"}
+        rope = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+        text[rope] = {"mrope_section": [16, 24, 24], **(text.get(rope) or {})}
+        return cls(
+            text=DecoderConfig.from_hf(text, tied=is_tied(config)),
+            vision=VisionConfig.from_hf(config.get("vision_config") or {}),
+            image_token_id=config.get("image_token_id", 151655),
+            video_token_id=config.get("video_token_id", 151656),
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- the tower
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel sees every patch once: it is one matrix product."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        kernel = (config.frames, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.proj.weight.flatten(1))  # (P, patch_dim) → (P, C)
+
+
+class Attention(nn.Module):
+    """Every patch looks at every patch of its own picture or frame pair, and at no other."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.qkv = Linear(C, 3 * C)
+        self.proj = Linear(C, C)
+
+    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, grids: list[list[int]]) -> Tensor:
+        """`x (P, C)`, `positions (2, 1, P)`. One call per picture, its frame pairs as a batch: no P × P mask."""
+        P, _ = x.shape
+        H, K = self.num_heads, self.head_dim
+        q, k, v = self.qkv(x).view(1, P, 3, H, K).unbind(2)  # each (1, P, H, K)
+        q, k = ops.apply_rope(q, k, positions, inv_freq, (K // 4, K // 4))
+        sizes = [t * h * w for t, h, w in grids]
+        pictures = zip(grids, *(y[0].split(sizes) for y in (q, k, v)), strict=True)
+        seen = [
+            attention(*(y.view(t, h * w, H, K).transpose(1, 2) for y in qkv)).flatten(0, 1)  # (t · h · w, C)
+            for (t, h, w), *qkv in pictures
+        ]
+        return self.proj(torch.cat(seen))  # (P, C)
+
+
+class Block(nn.Module):
+    """h = x + attention(norm(x)); h + mlp(norm(h))."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.norm1 = nn.LayerNorm(C, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(C, eps=1e-6)
+        self.mlp = MLP(C, config.intermediate_size, activation(config.hidden_act))
+
+    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, grids: list[list[int]]) -> Tensor:
+        x = x + self.attn(self.norm1(x), positions, inv_freq, grids)
+        return x + self.mlp(self.norm2(x))  # (P, C)
+
+
+class Merger(nn.Module):
+    """2 × 2 neighbouring patches → one token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.merge = config.merge
+        width = config.merge**2 * config.hidden_size
+        self.ln_q = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.mlp = nn.Sequential(Linear(width, width), nn.GELU(), Linear(width, config.out_size))
+
+    def forward(self, x: Tensor, grid_thw: Tensor) -> Tensor:
+        norm = self.ln_q
+        return self.mlp(ops.patch_merge(x, grid_thw, self.merge, norm.weight, norm.bias, norm.eps))  # (P / 4, D)
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.merger = Merger(config)
+        # Rows and columns turn by the same frequencies, those of a head of half the width.
+        self.rope = Rope(RopeConfig(config.head_dim // 2, config.theta, max_position=0))
+
+    def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
+        """`patches (P, patch_dim)` of several pictures and `grid_thw (N, 3)` → tokens `(P / merge², D)`."""
+        grid_thw = grid_thw.cpu()
+        positions = raster_positions(grid_thw).to(patches.device)[:, None]  # (2, 1, P)
+        inv_freq = self.rope.at(0, patches.device)[0].repeat(2)  # (K / 2,)
+        x = self.patch_embed(patches)  # (P, C)
+        for block in self.blocks:
+            x = block(x, positions, inv_freq, grid_thw.tolist())
+        return self.merger(x, grid_thw)
+
+
+def raster_positions(grid_thw: Tensor) -> Tensor:
+    """Row and column of every patch within its picture: `(2, P)` int64."""
+    grids = [torch.cartesian_prod(*map(torch.arange, grid)).view(-1, 3) for grid in grid_thw.tolist()]
+    return torch.cat(grids).T[1:].contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+class Model(nn.Module):
+    def __init__(self, config: Qwen2VLConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config.vision)
+        self.language_model = Decoder(config.text)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Model":
+        return cls(Qwen2VLConfig.from_hf(config))
+
+    def encode_images(self, inputs: Inputs) -> Tensor:
+        """`pixel_values (P, patch_dim)` → image tokens `(P / 4, D)`, one picture after another."""
+        return self.vision_tower(inputs.pixel_values, inputs.image_grid_thw)
+
+    def encode_videos(self, inputs: Inputs) -> Tensor:
+        """The same for films, which only have more than one frame pair."""
+        return self.vision_tower(inputs.pixel_values_videos, inputs.video_grid_thw)
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """Token embeddings `(B, T, D)`, with the tokens of pictures and films in the places of their placeholders."""
+        is_image = inputs.input_ids == self.config.image_token_id
+        is_video = inputs.input_ids == self.config.video_token_id
+        x = self.language_model.embed_tokens(inputs.input_ids.masked_fill(is_image | is_video, 0))
+        nothing = x.new_empty(0, x.shape[-1])
+        x = fuse(x, is_image, nothing if inputs.pixel_values is None else self.encode_images(inputs))
+        return fuse(x, is_video, nothing if inputs.pixel_values_videos is None else self.encode_videos(inputs))
+
+    def positions(self, inputs: Inputs) -> Tensor:
+        """Frame, row and column of every token: `(3, B, T)`."""
+        c = self.config
+        grids = {c.image_token_id: inputs.image_grid_thw, c.video_token_id: inputs.video_grid_thw}
+        return mrope_positions(inputs.input_ids, inputs.attention_mask, grids, c.vision.merge)
+
+    def forward(self, inputs: Inputs, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits `(B, T, V)` float32; `(B, 1, V)` with `last_only`, which is all that generation needs."""
+        x = self.embed(inputs)
+        return self.language_model(x, inputs.attention_mask, self.positions(inputs), cache, last_only)
+
+    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """One further token `(B, 1)` for every row → logits `(B, V)`. Text: its three positions are one number."""
+        return self.language_model.decode(token_ids, cache)
+
+    def new_cache(self, capacity: int = 0) -> KVCache:
+        return KVCache(self.config.text.num_layers, capacity)
+
+
+# ------------------------------------------------------------------------------------------------------- the processor
+
+
+def smart_resize(size: tuple[int, int], cell: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in multiples of `cell` pixels, as near to `size` and its shape as min_pixels and max_pixels let.
+
+    Each side is rounded (Python's `round`: halves to even). Is the area then too large, both sides shrink by one factor
+    and are rounded down; is it too small, they grow and are rounded up. Raises for pictures like a thread.
+    """
+    height, width = size
+    if max(size) > MAX_RATIO * min(size):
+        raise MinivlmError(
+            f"a picture of {height} x {width} pixels is more than {MAX_RATIO} times as long as it is wide: crop it"
+        )
+    if min_pixels > max_pixels:
+        raise MinivlmError(f"min_pixels is {min_pixels}, which is more than max_pixels, {max_pixels}")
+    sides = [round(side / cell) * cell for side in size]
+    if math.prod(sides) > max_pixels:
+        factor = math.sqrt(height * width / max_pixels)
+        sides = [max(cell, math.floor(side / factor / cell) * cell) for side in size]
+    elif math.prod(sides) < min_pixels:
+        factor = math.sqrt(min_pixels / (height * width))
+        sides = [math.ceil(side * factor / cell) * cell for side in size]
+    return sides[0], sides[1]
+
+
+def num_image_tokens(grid: tuple[int, int, int], merge: int) -> int:
+    """Tokens of a picture or film of `grid` frame pairs, rows and columns of patches."""
+    return math.prod(grid) // merge**2
+
+
+def patchify(frames: Tensor, frames_per_patch: int, side: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """`frames (I, 3, height, width)` → patches `(P, 3 · frames · side²)` in raster order, and their grid (t, h, w).
+
+    A picture is a film of one frame. The last frame is repeated where it has no partner.
+    """
+    missing = -len(frames) % frames_per_patch
+    frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+    I, _, height, width = frames.shape
+    t, h, w = I // frames_per_patch, height // side, width // side
+    x = frames.view(t, frames_per_patch, 3, h, side, w, side).permute(0, 3, 5, 2, 1, 4, 6)
+    return x.reshape(t * h * w, -1), (t, h, w)
+
+
+def pixel_limits(settings: dict) -> dict:
+    """Image settings with `min_pixels` and `max_pixels` in the place of `size`.
+
+    Newer files call these areas the `shortest_edge` and `longest_edge` of a `size`. Where both stand, as in files of
+    transformers 4.45, the plain names win.
+    """
+    size = settings.get("size")
+    if size is None:
+        return settings
+    names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+    size = {names.get(key, key): area for key, area in size.items()} if isinstance(size, dict) else {}
+    if size.keys() != {"min_pixels", "max_pixels"}:
+        raise MinivlmError("Qwen2-VL's size is the least and the greatest area: {shortest_edge, longest_edge}")
+    return size | {key: value for key, value in settings.items() if key != "size" and value is not None}
+
+
+def target_size(size: tuple[int, int], options: dict, images: ImageConfig, cell: int) -> tuple[int, int]:
+    """(height, width) that a picture or frame is resized to. `options`: what its part of the message asks for."""
+    wanted = [options[key] for key in ("resized_height", "resized_width") if options.get(key) is not None]
+    if wanted:
+        if len(wanted) != 2 or not all(isinstance(side, int) and side > 0 for side in wanted):
+            raise MinivlmError("resized_height and resized_width are given together, in pixels")
+        size = (wanted[0], wanted[1])
+    elif not images.do_resize:
+        if size[0] % cell or size[1] % cell:
+            raise MinivlmError(f"do_resize is off, but {size[0]} x {size[1]} pixels are not multiples of {cell}")
+        return size
+    limits = images.override({key: options[key] for key in ("min_pixels", "max_pixels") if key in options})
+    return smart_resize(size, cell, limits.min_pixels, limits.max_pixels)
+
+
+def check_options(options: dict, more: tuple[str, ...] = ()):
+    known = ("min_pixels", "max_pixels", "resized_height", "resized_width", *more)
+    for key in options:
+        if key not in known:
+            raise MinivlmError(f"a picture or film has the setting {key!r}; known here: {', '.join(known)}")
+
+
+def picture_patches(
+    picture: Image.Image, options: dict, images: ImageConfig, vision: VisionConfig
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Patches `(P, patch_dim)` and grid of one picture."""
+    check_options(options)
+    size = target_size((picture.height, picture.width), options, images, vision.cell)
+    pixels = normalise(resize(picture, size, images.resample), images)  # (3, height, width)
+    return patchify(pixels[None], vision.frames, vision.patch_size)
+
+
+def film_patches(
+    film: object, options: dict, images: ImageConfig, vision: VisionConfig
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Patches and grid of a film given as frames, all of which are taken, whatever `fps` says of them.
+
+    A frame has its own limits, and a share of the film's: a long film has small frames.
+    """
+    check_options(options, ("fps",))
+    frames = open_frames(film)
+    cell = vision.cell**2  # pixels
+    least = options.get("min_pixels") or MIN_FRAME_TOKENS * cell
+    share = MAX_FILM_TOKENS * cell * vision.frames // len(frames)
+    most = options.get("max_pixels") or max(min(MAX_FRAME_TOKENS * cell, share), int(1.05 * least))
+    limits = {"min_pixels": least, "max_pixels": most}
+    size = target_size((frames[0].height, frames[0].width), options | limits, images, vision.cell)
+    pixels = torch.stack([normalise(resize(frame, size, images.resample), images) for frame in frames])
+    return patchify(pixels, vision.frames, vision.patch_size)
+
+
+def open_frames(film: object) -> list[Image.Image]:
+    """The frames of a film given as a list of pictures or as a uint8 array (frames, height, width, 3)."""
+    if not isinstance(film, (list, tuple, np.ndarray)):
+        raise MinivlmError(
+            "films are not read from files yet: give a list of frames or a uint8 array (frames, height, width, 3)"
+        )
+    frames = [open_image(frame) for frame in film]
+    if len({frame.size for frame in frames}) != 1:
+        raise MinivlmError("a film needs at least one frame, and all of one size")
+    return frames
+
+
+class Processor:
+    """Conversations → `Inputs`."""
+
+    def __init__(self, config: Qwen2VLConfig, tokenizer: Tokenizer, template: ChatTemplate, images: ImageConfig):
+        self.config, self.tokenizer, self.template, self.images = config, tokenizer, template, images
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: dict) -> "Processor":
+        qwen = Qwen2VLConfig.from_hf(config)
+        v = qwen.vision
+        defaults = {"patch_size": v.patch_size, "temporal_patch_size": v.frames, "merge_size": v.merge}
+        settings = read_json(folder / "processor_config.json").get("image_processor")
+        settings = settings or read_json(folder / "preprocessor_config.json")
+        return cls(
+            qwen,
+            Tokenizer.from_folder(folder),
+            ChatTemplate.from_folder(folder, default=TEMPLATE),
+            ImageConfig.from_hf(pixel_limits(settings), IMAGE_DEFAULTS | defaults),
+        )
+
+    def __call__(
+        self,
+        conversations: "list[list[dict] | Prompt]",
+        template_kwargs: dict | None = None,
+        images_kwargs: dict | None = None,
+        labels: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> Inputs:
+        config, vision = self.config, self.config.vision
+        images = self.images.override(pixel_limits(images_kwargs or {}))
+        check_images(images, vision)
+        rows = [
+            read(conversation, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels)
+            for conversation in conversations
+        ]
+        pictures, films = [], []  # (patches, grid) each
+        names = {config.image_token_id: "pictures", config.video_token_id: "films"}
+        for row in rows:
+            own = [
+                picture_patches(*given, images, vision)
+                for given in zip(row.pictures, row.picture_options, strict=True)
+            ]
+            own_films = [
+                film_patches(*given, images, vision) for given in zip(row.films, row.film_options, strict=True)
+            ]
+            counts = [[num_image_tokens(grid, vision.merge) for _, grid in some] for some in (own, own_films)]
+            expand(row, dict(zip(names, counts, strict=True)), names)
+            pictures += own
+            films += own_films
+        inputs = collate(rows, self.tokenizer.pad_id, labels)
+        if pictures:
+            inputs.pixel_values = torch.cat([patches for patches, _ in pictures])
+            inputs.image_grid_thw = torch.tensor([grid for _, grid in pictures])
+            inputs.image_sizes = torch.tensor([(p.height, p.width) for row in rows for p in row.pictures])
+        if films:
+            inputs.pixel_values_videos = torch.cat([patches for patches, _ in films])
+            inputs.video_grid_thw = torch.tensor([grid for _, grid in films])
+        return inputs
+
+
+def check_images(images: ImageConfig, vision: VisionConfig):
+    """Settings that another model's file would use, or that do not fit the tower."""
+    if images.do_center_crop or images.do_pad:
+        raise MinivlmError("Qwen2-VL neither crops nor pads: leave do_center_crop and do_pad off")
+    if (images.patch_size, images.temporal_patch_size, images.merge_size) != (
+        vision.patch_size, vision.frames, vision.merge,
+    ):  # fmt: skip
+        raise MinivlmError(
+            f"the image settings' patch_size {images.patch_size}, temporal_patch_size {images.temporal_patch_size} and "
+            f"merge_size {images.merge_size} are not the tower's {vision.patch_size}, {vision.frames}, {vision.merge}"
+        )

@@ -1,0 +1,232 @@
+"""Qwen2-VL's sizes and settings, prompts, configs, and every layout of its checkpoints."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from qwen2_vl_tiny import (
+    CONFIG,
+    END,
+    IMAGE,
+    PICTURES,
+    PREPROCESSOR,
+    START,
+    ask,
+    film,
+    of_inputs,
+    opened,
+    tensors_of,
+    their_logits,
+)  # fmt: skip
+from tiny import close, load, our_logits, picture, turn
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+import minivlm
+from minivlm import Prompt
+from minivlm.errors import MinivlmError
+from minivlm.models import qwen2_vl
+from minivlm.models.qwen2_vl import Qwen2VLConfig
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    return opened
+
+
+# --- sizes and settings -----------------------------------------------------------------------------------------------
+
+sides = st.integers(1, 4000)
+
+
+@given(height=sides, width=sides, least=st.integers(1, 4000), more=st.integers(0, 30000))
+def test_sizes_equal_transformers(height, width, least, more):
+    """Limits from 1 token to 30,000, in cells of 28 × 28."""
+    limits = least * 784, (least + more) * 784
+    if max(height, width) > 200 * min(height, width):
+        with pytest.raises(MinivlmError, match="200 times"):
+            qwen2_vl.smart_resize((height, width), 28, *limits)
+        return
+    assert qwen2_vl.smart_resize((height, width), 28, *limits) == smart_resize(height, width, 28, *limits)
+
+
+@given(height=st.integers(1, 90), width=st.integers(1, 90), most=st.integers(4, 40))
+def test_a_picture_becomes_a_quarter_of_its_patches(checkpoints, height, width, most):
+    _, vlm = checkpoints()
+    inputs = vlm.preprocess([[turn("user", picture(height, width), "What?")]], images_kwargs={"max_pixels": most * 64})
+    (t, h, w) = inputs.image_grid_thw[0].tolist()
+    count = int((inputs.input_ids == IMAGE).sum())
+    assert count == t * h * w // 4 == len(inputs.pixel_values) // 4
+    with torch.inference_mode():
+        assert len(vlm.model.encode_images(inputs)) == count
+
+
+def grid_of(vlm, size, options=None, images_kwargs=None):
+    part = {"type": "image", "image": picture(*size), **(options or {})}
+    return vlm.preprocess([ask(part, "What?")], images_kwargs=images_kwargs).image_grid_thw[0].tolist()
+
+
+def test_limits_come_from_the_part_the_call_or_the_folder(checkpoints):
+    _, vlm = checkpoints()
+    assert grid_of(vlm, (160, 160)) == [1, 14, 14]  # 60 tokens at most: 7 × 7
+    assert grid_of(vlm, (160, 160), images_kwargs={"max_pixels": 16 * 64}) == [1, 8, 8]
+    new_names = {"size": {"shortest_edge": 4 * 64, "longest_edge": 16 * 64}}
+    assert grid_of(vlm, (160, 160), images_kwargs=new_names) == [1, 8, 8]
+    assert grid_of(vlm, (160, 160), {"max_pixels": 9 * 64}, {"max_pixels": 16 * 64}) == [1, 6, 6]
+    assert grid_of(vlm, (8, 8), {"min_pixels": 25 * 64}) == [1, 10, 10]
+    assert grid_of(vlm, (160, 160), {"resized_height": 17, "resized_width": 40}) == [1, 4, 10]
+    assert grid_of(vlm, (16, 32), images_kwargs={"do_resize": False}) == [1, 4, 8]
+
+
+@pytest.mark.parametrize("part, images_kwargs, said", [
+    ({"image": picture(1, 201)}, {}, "200 times"),
+    ({"image": picture(8, 8), "max_pixel": 99}, {}, "'max_pixel'"),
+    ({"image": picture(8, 8), "min_pixels": 0}, {}, "min_pixels"),
+    ({"image": picture(8, 8), "max_pixels": 64}, {}, "more than max_pixels"),
+    ({"image": picture(8, 8), "resized_height": 64}, {}, "together"),
+    ({"image": picture(9, 8)}, {"do_resize": False}, "multiples of 8"),
+    ({"image": picture(8, 8)}, {"size": {"height": 8, "width": 8}}, "area"),
+    ({"image": picture(8, 8)}, {"merge_size": 1}, "merge_size 1"),
+    ({"image": picture(8, 8)}, {"do_pad": True}, "do_pad"),
+    ({"video": "film.mp4"}, {}, "not read from files yet"),
+    ({"video": []}, {}, "at least one frame"),
+    ({"video": [picture(8, 8), picture(8, 9)]}, {}, "one size"),
+    ({"video": [picture(8, 8)], "num_frames": 3}, {}, "'num_frames'"),
+], ids=str)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line(checkpoints, part, images_kwargs, said):
+    _, vlm = checkpoints()
+    kind = "image" if "image" in part else "video"
+    with pytest.raises(MinivlmError, match=said) as caught:
+        vlm.preprocess([ask({"type": kind, **part}, "What?")], images_kwargs=images_kwargs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [
+    {"size": {"shortest_edge": 256, "longest_edge": 3840}},
+    {"size": {"min_pixels": 1, "max_pixels": 64}, "min_pixels": 256, "max_pixels": 3840},
+], ids=["5.x", "4.45"])  # fmt: skip
+def test_every_spelling_of_the_limits_is_read(checkpoints, tmp_path, settings):
+    checkpoint, vlm = checkpoints()
+    folder = tiny.variant(checkpoint.folder, tmp_path / "other")
+    rest = {key: value for key, value in PREPROCESSOR.items() if not key.endswith("pixels")}
+    tiny.write_json(folder / "preprocessor_config.json", rest | settings)
+    assert load(folder).processor.images == vlm.processor.images
+
+
+def test_a_long_film_has_small_frames(monkeypatch, checkpoints):
+    """3 frame pairs share 30 tokens: 10 for each, at the least 1.05 of min_pixels."""
+    _, vlm = checkpoints()
+    monkeypatch.setattr(qwen2_vl, "MIN_FRAME_TOKENS", 4)
+    monkeypatch.setattr(qwen2_vl, "MAX_FILM_TOKENS", 30)
+    frames = {"type": "video", "video": [picture(80, 80, i) for i in range(6)]}
+    assert vlm.preprocess([ask(frames, "What?")]).video_grid_thw.tolist() == [[3, 6, 6]]
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_by_hand(checkpoints, tmp_path):
+    checkpoint, _ = checkpoints()
+    vlm = load(tiny.variant(checkpoint.folder, tmp_path / "bare", drop=["chat_template*"]))
+    talk = ask(picture(16, 16), film(1), "Hm?")
+    shown = vlm.processor.tokenizer.decode(vlm.preprocess([talk]).input_ids[0].tolist(), skip_special=False)
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    image = f"<|vision_start|>{4 * '<|image_pad|>'}<|vision_end|>"
+    video = f"<|vision_start|>{15 * '<|video_pad|>'}<|vision_end|>"
+    start = "<|im_start|>user\n"
+    end = "Hm?<|im_end|>\n<|im_start|>assistant\n"
+    assert shown == system + start + image + video + end
+    numbered = vlm.preprocess([talk], template_kwargs={"add_vision_id": True}).input_ids[0].tolist()
+    shown = vlm.processor.tokenizer.decode(numbered, skip_special=False)
+    assert shown == system + start + f"Picture 1: {image}Video 1: {video}" + end
+    own = [turn("system", "Be brief."), *talk]
+    shown = vlm.processor.tokenizer.decode(vlm.preprocess([own]).input_ids[0].tolist(), skip_special=False)
+    assert shown == "<|im_start|>system\nBe brief.<|im_end|>\n" + start + image + video + end
+
+
+def test_a_rendered_prompt_and_labels(checkpoints):
+    _, vlm = checkpoints()
+    text = "<|vision_start|><|image_pad|><|vision_end|>A photo of"
+    ids = vlm.preprocess([Prompt(text, images=[picture(16, 16)])]).input_ids[0].tolist()
+    assert ids[:6] == [START, IMAGE, IMAGE, IMAGE, IMAGE, END]
+    inputs = vlm.preprocess([PICTURES[2]], labels=True)
+    answer = inputs.labels[inputs.labels >= 0].tolist()
+    assert vlm.processor.tokenizer.decode(answer).strip() == "The left one."
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("layout", ["hub", "4.52", "hub in 3", "4.52 in 2", "save_pretrained"])
+def test_every_key_layout_gives_the_same_logits(checkpoints, tmp_path, kind, layout):
+    checkpoint, vlm = checkpoints(kind)
+    folder = tiny.variant(checkpoint.folder, tmp_path / "other", drop=["*.safetensors"])
+    if layout == "save_pretrained":  # with its nested config, rope_parameters and all
+        checkpoint.theirs.save_pretrained(folder)
+    else:
+        name, _, shards = layout.partition(" in ")
+        tiny.save_tensors(tensors_of(checkpoint.theirs, name), folder, int(shards or 1))
+    other = load(folder)
+    assert torch.equal(our_logits(other, other.preprocess(PICTURES)), our_logits(vlm, vlm.preprocess(PICTURES)))
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_transformers_reads_what_we_save(checkpoints, tmp_path, kind):
+    checkpoint, vlm = checkpoints(kind)
+    vlm.save(tmp_path / "saved")
+    again = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    theirs = of_inputs(vlm.preprocess(PICTURES))
+    assert close(their_logits(again, theirs), their_logits(checkpoint.theirs, theirs), atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["hub", "4.52"])
+@pytest.mark.parametrize("name", ["model.visual.patch_embed.proj.weight", "model.language_model.norm.weight"])
+def test_a_tensor_that_is_missing_misshapen_or_unknown_is_named(checkpoints, tmp_path, layout, name):
+    checkpoint, _ = checkpoints()
+    folder = tiny.variant(checkpoint.folder, tmp_path / "damaged", drop=["*.safetensors"])
+    theirs, ours = tensors_of(checkpoint.theirs, "4.52"), tensors_of(checkpoint.theirs, layout)
+    name = next(key for key, tensor in ours.items() if tensor.data_ptr() == theirs[name].data_ptr())
+    rest = {key: tensor for key, tensor in ours.items() if key != name}
+    for harmed in (rest, rest | {name: ours[name][:5].clone()}, ours | {name + "s": ours[name].clone()}):
+        tiny.save_tensors(harmed, folder)
+        with pytest.raises(MinivlmError, match=name.split(".")[-2]):
+            load(folder)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_quantised_checkpoints_are_refused(checkpoints, tmp_path, method):
+    checkpoint, _ = checkpoints()
+    folder = tiny.variant(checkpoint.folder, tmp_path / "q", {"quantization_config": {"quant_method": method}})
+    with pytest.raises(MinivlmError, match=f"{method}.*quantised from"):
+        load(folder)
+
+
+def test_without_vision_the_tower_is_not_read(checkpoints):
+    checkpoint, vlm = checkpoints()
+    blind = minivlm.load(checkpoint.folder, "cpu", "float32", vision=False)
+    assert all(p.is_meta for p in blind.model.vision_tower.parameters())
+    text = vlm.preprocess([PICTURES[1]])
+    assert torch.equal(our_logits(blind, text), our_logits(vlm, text))
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sparse", [{}, {"text_config": {"vocab_size": 99}}, {"use_sliding_window": True}, CONFIG], ids=str
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(sparse):
+    rest = {key: value for key, value in sparse.items() if key != "model_type"}
+    theirs = AutoConfig.for_model("qwen2_vl", **json.loads(json.dumps(rest)))
+    again = Qwen2VLConfig.from_hf(json.loads(json.dumps(theirs.to_dict())))
+    assert Qwen2VLConfig.from_hf(sparse) == again
+
+
+def test_sections_that_do_not_fit_the_heads_are_refused():
+    """The published ones, for heads of 12."""
+    with pytest.raises(MinivlmError, match="mrope_section"):
+        Qwen2VLConfig.from_hf(CONFIG | {"rope_scaling": {"type": "default"}})
