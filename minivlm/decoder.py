@@ -69,16 +69,6 @@ DEFAULTS = {
         "use_sliding_window": False,
         "max_window_layers": 80,
     },
-    "mllama_text_model": {
-        **_COMMON,
-        "vocab_size": 128256,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-    },
 }
 
 
