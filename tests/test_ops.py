@@ -213,6 +213,22 @@ def test_builds_of_other_sources_or_compilers_live_in_other_folders(tmp_path, mo
     assert build.folder("minivlm") != before
 
 
+def test_a_library_built_ahead_of_time_is_found_unless_it_is_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_HERE", tmp_path)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "_kernels_0123456789ab.cpython-311.so").touch()
+    assert build.find("minivlm") is None
+    (tmp_path / f"{build.ahead_of_time_name()}.cpython-311.so").touch()
+    assert build.find("minivlm").name.startswith(build.ahead_of_time_name())
+
+
+def test_the_doctor_checks_itself():
+    done = subprocess.run([sys.executable, "-m", "minivlm.ops"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "C++ compiler" in done.stdout and "WRONG" not in done.stdout
+    assert all(f"self-check       {name}" in done.stdout for name in ops.backends()[1:])
+
+
 def test_importing_ops_compiles_and_imports_nothing_heavy():
     heavy = "torch._dynamo", "torch.utils.cpp_extension", "setuptools", "transformers"
     out, err = run(f"import sys, minivlm.ops; print([name for name in {heavy} if name in sys.modules])")

@@ -15,17 +15,17 @@ from minivlm.ops import backend, build
 
 def main() -> int:
     print(f"python {platform.python_version()}, torch {torch.__version__}, its CUDA: {torch.version.cuda or 'none'}")
-    print(f"C++ compiler    {_version(build.compiler()) or 'none: looked for $CXX, then c++'}")
-    print(f"ninja           {_version(shutil.which('ninja')) or 'none: pip install ninja'}")
-    print(f"nvcc            {_version(build.nvcc(), line=-2) or 'none'} (CUDA_HOME={os.environ.get('CUDA_HOME', '')})")
-    print(f"GPU             {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
-    print(f"architectures   {build.architectures() if build.with_cuda() else 'no CUDA kernels would be compiled here'}")
-    print(f"sources         {build.CSRC or 'not installed'}")
+    print(f"C++ compiler     {_version(build.compiler()) or 'none: looked for $CXX, then c++'}")
+    print(f"ninja            {_version(shutil.which('ninja')) or 'none: pip install ninja'}")
+    print(f"nvcc             {_version(build.nvcc(), line=-2) or 'none'} (CUDA_HOME={os.environ.get('CUDA_HOME', '')})")
+    print(f"GPU              {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+    print(f"architectures    {build.architectures() if build.with_cuda() else 'CUDA kernels are not compiled here'}")
+    print(f"sources          {build.CSRC or 'not installed'}")
     for library in build.LIBRARIES:
-        print(f"{library:<16}{_state(library)}")
-    print(f"MINIVLM_KERNELS {os.environ.get('MINIVLM_KERNELS', 'not set: auto')}")
+        print(f"{library:<17}{_state(library)}")
+    print(f"MINIVLM_KERNELS  {os.environ.get('MINIVLM_KERNELS', 'not set: auto')}")
     for kind in ("cpu", "cuda"):
-        print(f"{kind} tensors {'':<{6 - len(kind)}} {_used_for(kind)}")
+        print(f"{kind + ' tensors':<17}{_used_for(kind)}")
     return _self_check()
 
 
@@ -71,7 +71,7 @@ def _self_check() -> int:
             pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
             off = max(((a.float() - b.float()).abs() / (1 + b.float().abs())).max().item() for a, b in pairs)
             failed += not off < 2**-6
-            print(f"self-check      {name:<9} {op:<13} {'ok' if off < 2**-6 else f'WRONG by {off:.1e}'}")
+            print(f"self-check       {name:<9} {op:<13} {'ok' if off < 2**-6 else f'WRONG by {off:.1e}'}")
     return int(failed > 0)
 
 
