@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from minivlm.errors import MinivlmError
+from minivlm.files import read_json
 
 ALIASES = {  # alias → hub id
     "llava-v1.5": "llava-hf/llava-1.5-7b-hf",
@@ -87,6 +88,7 @@ def resolve(name: str | Path, revision: str | None = None, offline: bool = False
             if revision is not None:
                 raise MinivlmError(f"{folder} is a folder on disk, it has no revisions: leave out --revision")
             _refuse_part(Path(folder), folder)
+            _refuse_meta(Path(folder))
             return Path(folder)
     if os.path.isfile(name):
         raise MinivlmError(f"{name} is a file: give the folder it lies in")
@@ -144,6 +146,17 @@ def _refuse_part(folder: Path, name: str) -> None:
     parts = [part for file, part in PARTS.items() if (folder / file).is_file()]
     if parts and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise MinivlmError(f"{name} holds {parts[0]} only: merge it into {_base(folder)}, and give that")
+
+
+def _refuse_meta(folder: Path) -> None:
+    """Raises where the folder holds Meta's own shards of Llama 3.2 Vision; the hub has the same weights as a twin."""
+    if (folder / "config.json").is_file() or not any(folder.glob("consolidated*.pth")):
+        return
+    params = read_json(folder / "params.json")
+    size = "90b" if params.get("vision_num_cross_attention_layers") == 20 else "11b"
+    alias = f"llama-3.2-{size}-vision" + ("-instruct" if params.get("vision_chunk_size") == 560 else "")
+    twin = f"use its twin on the hub, {ALIASES[alias]} ({alias})" if "vision_chunk_size" in params else "use the hub's"
+    raise MinivlmError(f"{folder} holds Meta's own .pth shards, another layout of the same weights: {twin}")
 
 
 def _base(folder: Path) -> str:

@@ -205,13 +205,15 @@ def load_weights(model: nn.Module, folder: Path | str, keys: Keys, dtype: torch.
 
     `skip`: prefixes or `*` patterns of our names (on disk, where `keys` gives a tensor none) that are neither loaded
     nor missed, such as a tied head or a tower that is not wanted; their bytes are never read. `pack`: on a CPU in
-    bfloat16, a module that has a `pack()` method is packed as soon as its tensors are there. Raises with the names of
-    what is missing, unexpected or misshapen.
+    bfloat16, a module that has a `pack()` method is packed as soon as its tensors are there. A module with an attribute
+    `cuts_rows` takes the first rows of a longer table. Raises with the names of what is missing, unexpected or
+    misshapen.
     """
     begun = time.perf_counter()
     folder, device, skip = Path(folder), torch.device(device), tuple(skip)
     wanted = {name: old for name, old in model.state_dict(keep_vars=True).items() if not _matches(name, skip)}
-    found, spelled = _find(folder, keys, wanted, skip)
+    cut = {f"{prefix}.weight" for prefix, module in model.named_modules() if hasattr(module, "cuts_rows")}
+    found, spelled = _find(folder, keys, wanted, skip, cut)
 
     total = sum(stored.num_bytes for stored in found.values())
     pack = pack and device.type == "cpu" and dtype == torch.bfloat16
@@ -224,7 +226,8 @@ def load_weights(model: nn.Module, folder: Path | str, keys: Keys, dtype: torch.
             mine = [(name, found[name]) for name in owned.get(prefix, ())]
             for name, stored in mine:
                 # first to the device, then to the dtype: a GPU converts faster than a CPU
-                tensor, old = stored.tensor().to(device).to(dtype), wanted[name]
+                old = wanted[name]
+                tensor = (stored.tensor()[: len(old)] if name in cut else stored.tensor()).to(device).to(dtype)
                 if isinstance(old, nn.Parameter):
                     tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
                 setattr(module, name.rpartition(".")[2], tensor)
@@ -243,7 +246,7 @@ def load_weights(model: nn.Module, folder: Path | str, keys: Keys, dtype: torch.
 
 
 def _find(folder: Path, keys: Keys, wanted: Mapping[str, torch.Tensor],
-          skip: tuple[str, ...]) -> tuple[dict[str, Stored], dict[str, str]]:
+          skip: tuple[str, ...], cut: set[str]) -> tuple[dict[str, Stored], dict[str, str]]:
     """Our names → tensors on disk, and → their names there. All that does not fit is collected into one error."""
     found, spelled, faults = {}, {}, {"unexpected": [], "missing": [], "misshapen": []}
     spellings = sorted(((spelling, ours) for ours, tuple_ in keys.items() for spelling in tuple_),
@@ -263,12 +266,16 @@ def _find(folder: Path, keys: Keys, wanted: Mapping[str, torch.Tensor],
     for ours, old in wanted.items():
         if ours not in found:
             faults["missing"].append(_published(ours, keys))
-        elif found[ours].shape != old.shape:
+        elif not _fits(found[ours].shape, old.shape, ours in cut):
             faults["misshapen"].append(f"{spelled[ours]} {list(found[ours].shape)}, not {list(old.shape)}")
     if any(faults.values()):
         told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in faults.items() if names)
         raise MinivlmError(f"the weights in {folder} do not fit its config.json ({told}): are both of one download?")
     return found, spelled
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], may_be_longer: bool) -> bool:
+    return shape == wanted or may_be_longer and shape[1:] == wanted[1:] and shape[:1] > wanted[:1]
 
 
 def _all_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

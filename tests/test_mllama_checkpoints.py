@@ -17,6 +17,7 @@ from transformers.models.mllama.processing_mllama import get_cross_attention_tok
 
 from minivlm import Prompt
 from minivlm.errors import MinivlmError
+from minivlm.hub import ALIASES
 from minivlm.models.mllama import MllamaConfig, choose_canvas, fitted_size, sights
 
 
@@ -159,6 +160,19 @@ def test_without_vision_its_weights_are_never_read(checkpoint, vlm, tmp_path):
         blind.preprocess(TALKS[:1])
 
 
+def test_a_head_with_a_row_for_the_image_token_loads_without_it(checkpoint, vlm, tmp_path):
+    folder = tiny.variant(checkpoint.folder, tmp_path / "expanded", drop=["*.safetensors"])
+    tensors, head = tiny.tensors_of(checkpoint.theirs), "language_model.lm_head.weight"
+    longer = torch.cat([tensors[head], torch.full((1, 48), 9.0)])
+    tiny.save_tensors(tensors | {head: longer}, folder)
+    other = load(folder)
+    assert torch.equal(our_logits(other, other.preprocess(TALKS)), our_logits(vlm, vlm.preprocess(TALKS)))
+    for name, harmed in (head, torch.ones(500, 47)), ("language_model.model.embed_tokens.weight", torch.ones(500, 48)):
+        tiny.save_tensors(tensors | {name: harmed}, folder)
+        with pytest.raises(MinivlmError, match=name):
+            load(folder)
+
+
 @pytest.fixture(scope="module")
 def text_only(checkpoint, tmp_path_factory):
     """What MllamaForCausalLM saves: a config without parts, names without a prefix."""
@@ -190,6 +204,22 @@ def test_transformers_reads_the_text_model_that_we_save(text_only, tmp_path):
     ids = torch.arange(5)[None]
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+PARAMS = {  # Meta's params.json → the alias of the same weights
+    "llama-3.2-11b-vision": {"vision_chunk_size": 448, "vision_num_cross_attention_layers": 8},
+    "llama-3.2-11b-vision-instruct": {"vision_chunk_size": 560, "vision_num_cross_attention_layers": 8},
+    "llama-3.2-90b-vision": {"vision_chunk_size": 448, "vision_num_cross_attention_layers": 20},
+    "llama-3.2-90b-vision-instruct": {"vision_chunk_size": 560, "vision_num_cross_attention_layers": 20},
+}
+
+
+@pytest.mark.parametrize("alias", PARAMS)
+def test_metas_own_shards_are_refused_with_their_twin(tmp_path, alias):
+    (tmp_path / "consolidated.00.pth").write_bytes(b"")
+    tiny.write_json(tmp_path / "params.json", PARAMS[alias])
+    with pytest.raises(MinivlmError, match=rf"\.pth .*{ALIASES[alias]} \({alias}\)$"):
+        load(tmp_path)
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------

@@ -392,6 +392,12 @@ class CrossLayer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
+class Head(Linear):
+    """No row for `<|image|>`, so that no answer can be a picture. Those who train on it add one, which is left out."""
+
+    cuts_rows = True
+
+
 class Model(nn.Module):
     def __init__(self, config: MllamaConfig):
         super().__init__()
@@ -402,6 +408,7 @@ class Model(nn.Module):
         layers = [(CrossLayer if i in config.cross_layers else DecoderLayer)(text, i) for i in range(text.num_layers)]
         self.language_model = Decoder(text, layers)
         self.language_model.embed_tokens = embedding(text.vocab_size + EXTRA_EMBEDDINGS, text.hidden_size)
+        self.language_model.lm_head = Head(text.hidden_size, text.vocab_size, bias=False)
 
     @classmethod
     def from_config(cls, config: dict) -> "Model":
