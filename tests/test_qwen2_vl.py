@@ -24,6 +24,7 @@ from qwen2_vl_tiny import (
 from tiny import close, load, our_logits, picture, turn
 
 from minivlm import decoder
+from minivlm.layers import attention
 from minivlm.models import qwen2_vl
 
 
@@ -216,6 +217,35 @@ def test_a_wrong_delta_breaks_decoding(checkpoints):
             cache.position_delta = cache.position_delta + shift
             logits.append(vlm.model.decode(torch.full((4, 1), 7), cache))
     assert not close(*logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_every_parameter_learns(checkpoints, kind):
+    _, vlm = checkpoints(kind)
+    model, inputs = vlm.model, vlm.preprocess(FILMS)
+    try:
+        model.requires_grad_(True)
+        model(inputs)[inputs.attention_mask > 0].logsumexp(-1).sum().backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    finally:
+        model.zero_grad()
+        model.requires_grad_(False)
+
+
+def test_the_tower_makes_no_mask_and_no_attention_beyond_a_frame_pair(checkpoints, monkeypatch):
+    _, vlm = checkpoints()
+    inputs, lengths = vlm.preprocess(FILMS), set()
+
+    def watched(q, k, v, *masks):
+        assert masks == ()
+        lengths.add((q.shape[2], k.shape[2]))
+        return attention(q, k, v)
+
+    monkeypatch.setattr(qwen2_vl, "attention", watched)
+    with torch.inference_mode():
+        vlm.model.encode_images(inputs), vlm.model.encode_videos(inputs)
+    grids = torch.cat([inputs.image_grid_thw, inputs.video_grid_thw])
+    assert lengths == {(h * w, h * w) for _, h, w in grids.tolist()}
 
 
 # --- metamorphic ------------------------------------------------------------------------------------------------------

@@ -71,6 +71,9 @@ VISION_DEFAULTS = {
 # What a silent preprocessor_config.json leaves out. Source: transformers' Qwen2VLImageProcessor.
 IMAGE_DEFAULTS = {**CLIP_DEFAULTS, "do_center_crop": False, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
 
+# What a part of a message may ask for its picture or film, in pixels.
+LIMIT_OPTIONS, SIZE_OPTIONS = ("min_pixels", "max_pixels"), ("resized_height", "resized_width")
+
 MAX_RATIO = 200  # of a picture's longer side to the shorter
 # A film, in tokens. Source: qwen-vl-utils, transformers' Qwen2VLVideoProcessor.
 MIN_FRAME_TOKENS, MAX_FRAME_TOKENS = 128, 768  # per frame, before pairs of frames become one
@@ -373,7 +376,7 @@ def pixel_limits(settings: dict) -> dict:
 
 def target_size(size: tuple[int, int], options: dict, images: ImageConfig, cell: int) -> tuple[int, int]:
     """(height, width) that a picture or frame is resized to. `options`: what its part of the message asks for."""
-    wanted = [options[key] for key in ("resized_height", "resized_width") if options.get(key) is not None]
+    wanted = [options[key] for key in SIZE_OPTIONS if key in options]
     if wanted:
         if len(wanted) != 2 or not all(isinstance(side, int) and side > 0 for side in wanted):
             raise MinivlmError("resized_height and resized_width are given together, in pixels")
@@ -382,25 +385,34 @@ def target_size(size: tuple[int, int], options: dict, images: ImageConfig, cell:
         if size[0] % cell or size[1] % cell:
             raise MinivlmError(f"do_resize is off, but {size[0]} x {size[1]} pixels are not multiples of {cell}")
         return size
-    limits = images.override({key: options[key] for key in ("min_pixels", "max_pixels") if key in options})
+    limits = images.override({key: options[key] for key in LIMIT_OPTIONS if key in options})
     return smart_resize(size, cell, limits.min_pixels, limits.max_pixels)
 
 
-def check_options(options: dict, more: tuple[str, ...] = ()):
-    known = ("min_pixels", "max_pixels", "resized_height", "resized_width", *more)
+def check_options(options: dict, known: tuple[str, ...]) -> dict:
+    """What a part of a message asks for; null means that it does not."""
     for key in options:
         if key not in known:
             raise MinivlmError(f"a picture or film has the setting {key!r}; known here: {', '.join(known)}")
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def picture_patches(
     picture: Image.Image, options: dict, images: ImageConfig, vision: VisionConfig
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Patches `(P, patch_dim)` and grid of one picture."""
-    check_options(options)
+    options = check_options(options, LIMIT_OPTIONS + SIZE_OPTIONS)
     size = target_size((picture.height, picture.width), options, images, vision.cell)
     pixels = normalise(resize(picture, size, images.resample), images)  # (3, height, width)
     return patchify(pixels[None], vision.frames, vision.patch_size)
+
+
+def film_limits(num_frames: int, options: dict, images: ImageConfig, vision: VisionConfig) -> dict:
+    """Least and greatest area of a frame in pixels. All frames share one budget: a long film has small frames."""
+    cell = vision.cell**2
+    least = images.override({"min_pixels": options.get("min_pixels", MIN_FRAME_TOKENS * cell)}).min_pixels
+    share = MAX_FILM_TOKENS * cell * vision.frames // num_frames
+    return {"min_pixels": least, "max_pixels": max(min(MAX_FRAME_TOKENS * cell, share), int(1.05 * least))}
 
 
 def film_patches(
@@ -408,16 +420,13 @@ def film_patches(
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Patches and grid of a film given as frames, all of which are taken, whatever `fps` says of them.
 
-    A frame has its own limits, and a share of the film's: a long film has small frames.
+    A size that was asked for is kept, within the limits of pictures.
     """
-    check_options(options, ("fps",))
+    options = check_options(options, LIMIT_OPTIONS + SIZE_OPTIONS + ("fps",))
     frames = open_frames(film)
-    cell = vision.cell**2  # pixels
-    least = options.get("min_pixels") or MIN_FRAME_TOKENS * cell
-    share = MAX_FILM_TOKENS * cell * vision.frames // len(frames)
-    most = options.get("max_pixels") or max(min(MAX_FRAME_TOKENS * cell, share), int(1.05 * least))
-    limits = {"min_pixels": least, "max_pixels": most}
-    size = target_size((frames[0].height, frames[0].width), options | limits, images, vision.cell)
+    if not any(key in options for key in SIZE_OPTIONS):
+        options = film_limits(len(frames), options, images, vision) | options
+    size = target_size((frames[0].height, frames[0].width), options, images, vision.cell)
     pixels = torch.stack([normalise(resize(frame, size, images.resample), images) for frame in frames])
     return patchify(pixels, vision.frames, vision.patch_size)
 
