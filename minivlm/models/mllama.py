@@ -517,7 +517,7 @@ def sights(places: list[int], length: int) -> list[tuple[int, int]]:
 def with_bos(prompt: Prompt, bos: str) -> Prompt:
     """A raw prompt without BOS gets one behind the pictures that it begins with, where the base models expect it.
 
-    The tokenizer puts another in front of all, as it does in the reference.
+    If there are pictures, the tokenizer puts another in front of them, as it does in the reference.
     """
     if bos in prompt.text:
         return prompt
@@ -552,7 +552,7 @@ class Processor:
         add_generation_prompt: bool = True,
     ) -> Inputs:
         images = self.images.override(images_kwargs or {})
-        bos = self.tokenizer.bos_token
+        bos = self.tokenizer.bos_token or ""
         conversations = [with_bos(c, bos) if isinstance(c, Prompt) else c for c in conversations]
         rows = [
             read(conversation, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels)
