@@ -29,8 +29,8 @@ def on(backend):
     """Run the ops on this backend, and make tensors on its device."""
     if backend != "reference":
         reason = why_not("minivlm_emulated" if backend == "emulated" else "minivlm")  # compiles, the first time
-        if reason:
-            pytest.skip(reason)
+        if reason or (backend == "cuda" and "cuda" not in ops.backends()):
+            pytest.skip(reason or "torch has CUDA, but nvcc is missing")
     with ops.use(backend), torch.device("cuda" if backend == "cuda" else "cpu"):
         yield
 

@@ -15,6 +15,7 @@ namespace {
 template <class T, int V>
 __device__ inline Acc<T> mean_of(const T* x, int64_t width) {
   Acc<T> sum = 0;
+#pragma unroll 4
   for (int64_t d = threadIdx.x * V; d < width; d += blockDim.x * V) {
     const Pack<T, V> pack = load<T, V>(x + d);
     for (int i = 0; i < V; i++) sum += widen(pack.value[i]);
@@ -27,6 +28,7 @@ __device__ inline Acc<T> mean_of(const T* x, int64_t width) {
 template <class T, int V>
 __device__ inline Acc<T> scale_of(const T* x, Acc<T> mean, int64_t width, double eps) {
   Acc<T> squares = 0;
+#pragma unroll 4
   for (int64_t d = threadIdx.x * V; d < width; d += blockDim.x * V) {
     const Pack<T, V> pack = load<T, V>(x + d);
     for (int i = 0; i < V; i++) squares += (widen(pack.value[i]) - mean) * (widen(pack.value[i]) - mean);
@@ -60,6 +62,7 @@ __global__ void patch_merge_backward_x(const PatchMergeBackward a) {
   const T* grad = static_cast<const T*>(a.grad) + slot * a.width;
   const Acc<T> mean = mean_of<T, V>(x, a.width), scale = scale_of<T, V>(x, mean, a.width, a.eps);
   Acc<T> sum = 0, dot = 0;
+#pragma unroll 4
   for (int64_t d = threadIdx.x * V; d < a.width; d += blockDim.x * V) {
     const Pack<T, V> v = load<T, V>(x + d), g = load<T, V>(grad + d), w = load<T, V>(weight + d);
     for (int i = 0; i < V; i++) {
