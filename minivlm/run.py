@@ -270,11 +270,10 @@ def checkpoint_sampling(folder: Path) -> dict:
 
 def answer(vlm, question, sampling: dict, args: dict, load_seconds: float) -> int:
     """One question: its answer streams to stdout, or stands in one JSON object."""
-    if args.keys() & {"show_prompt", "json"}:
-        prompt_token_ids = vlm.preprocess([question]).input_ids[0].tolist()
     if "show_prompt" in args:
         from minivlm.preview import show_prompt
 
+        prompt_token_ids = vlm.preprocess([question]).input_ids[0].tolist()
         print(show_prompt(prompt_token_ids, vlm.processor.tokenizer), file=sys.stderr)
     if "json" in args:
         (result,) = vlm.generate([question], **sampling)
@@ -289,7 +288,7 @@ def answer(vlm, question, sampling: dict, args: dict, load_seconds: float) -> in
         shown = {
             "text": result.text,
             "token_ids": result.token_ids,
-            "prompt_token_ids": prompt_token_ids,
+            "prompt_token_ids": result.prompt_token_ids,
             "finish_reason": result.finish_reason,
             "stats": stats,
         }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minivlm import generate as generation
 from minivlm.errors import MinivlmError
@@ -29,9 +29,14 @@ class Result:
 
     text: str  # without the stop token, special tokens and the stop string
     token_ids: list[int]  # the new tokens, the stop token included
-    prompt_tokens: int  # length of the prompt in tokens, pictures included
+    prompt_token_ids: list[int]  # the placeholder stands once per image token
     finish_reason: str  # "stop" | "length"
     stats: dict  # seconds and tokens per second, of the whole batch
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt in tokens, pictures included."""
+        return len(self.prompt_token_ids)
 
 
 def load(
@@ -206,8 +211,8 @@ class VLM:
         answers = generation.generate(
             self.model, inputs, settings, self.processor.tokenizer, self.eos_ids, self.processor.tokenizer.pad_id
         )
-        lengths = inputs.attention_mask.sum(1).tolist()
-        results = [result_of(a, length, preprocessing) for a, length in zip(answers, lengths, strict=True)]
+        prompts = [ids[mask == 1] for ids, mask in zip(inputs.input_ids, inputs.attention_mask, strict=True)]
+        results = [result_of(a, prompt, preprocessing) for a, prompt in zip(answers, prompts, strict=True)]
         return results[0] if one else results
 
     def stream(
@@ -225,7 +230,7 @@ class VLM:
         pieces = generation.stream(
             self.model, inputs, settings, self.processor.tokenizer, self.eos_ids, self.processor.tokenizer.pad_id
         )
-        return Stream(pieces, inputs.input_ids.shape[1], preprocessing)
+        return Stream(pieces, inputs.input_ids[0], preprocessing)
 
     def chat(self, message: "str | list[dict]", images: "list | tuple" = (), **sampling) -> str:
         """The text of the answer to a question about `images`, or to a whole conversation."""
@@ -255,8 +260,8 @@ class VLM:
 class Stream:
     """Pieces of text; `result` once they are exhausted."""
 
-    def __init__(self, pieces: "generation.Stream", prompt_tokens: int, preprocessing: float):
-        self.pieces, self.prompt_tokens, self.preprocessing = pieces, prompt_tokens, preprocessing
+    def __init__(self, pieces: "generation.Stream", prompt: Tensor, preprocessing: float):
+        self.pieces, self.prompt, self.preprocessing = pieces, prompt, preprocessing
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -267,10 +272,10 @@ class Stream:
     @property
     def result(self) -> Result | None:
         answer = self.pieces.result
-        return None if answer is None else result_of(answer, self.prompt_tokens, self.preprocessing)
+        return None if answer is None else result_of(answer, self.prompt, self.preprocessing)
 
 
-def result_of(answer: "generation.Generation", prompt_tokens: int, preprocessing: float) -> Result:
+def result_of(answer: "generation.Generation", prompt: Tensor, preprocessing: float) -> Result:
     timing = answer.timing
     stats = {
         "preprocessing_seconds": preprocessing,
@@ -279,4 +284,4 @@ def result_of(answer: "generation.Generation", prompt_tokens: int, preprocessing
         "tokens_per_second": timing.tokens_per_second,
         "new_tokens": timing.new_tokens,
     }
-    return Result(answer.text, answer.token_ids, prompt_tokens, answer.finish_reason, stats)
+    return Result(answer.text, answer.token_ids, prompt.tolist(), answer.finish_reason, stats)

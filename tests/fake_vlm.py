@@ -58,7 +58,7 @@ class Stream:
             yield word if i == 0 else " " + word
         ids = list(answer.encode())
         self.result = SimpleNamespace(
-            text=answer, token_ids=ids, prompt_tokens=3, finish_reason="stop",
+            text=answer, token_ids=ids, prompt_token_ids=[1, 2, 3], prompt_tokens=3, finish_reason="stop",
             stats={"first_token_seconds": 0.5, "tokens_per_second": 20.0, "new_tokens": len(ids)},
         )  # fmt: skip
 
