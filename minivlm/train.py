@@ -45,6 +45,8 @@ def initialise(model: nn.Module, seed: int = 0):
             if p.dim() >= 2:
                 is_table = "embed" in name and "patch" not in name
                 std = 0.02 if is_table else p[0].numel() ** -0.5
+                if "projector" in name:  # towers speak louder than token embeddings: the decoder would not hear itself
+                    std /= 5
                 if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")):
                     std /= math.sqrt(2 * depth)
                 p.normal_(0, std, generator=generator)

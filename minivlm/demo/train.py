@@ -29,6 +29,7 @@ from minivlm.train import fit, initialise, next_token_loss
 from minivlm.weights import save_weights
 
 TILE, PATCH = 72, 12  # pixels
+SIDE = TILE // PATCH  # patches
 CANVASES = [[144, 144], [72, 144], [144, 72]]  # (height, width) in pixels
 # Longer sides of training pictures in pixels; at LONG_SIDE nothing has to be resized. Users' pictures are larger.
 SIDES = (LONG_SIDE, LONG_SIDE, 2 * LONG_SIDE, 216, 180, 336)
@@ -161,7 +162,7 @@ class Talks(Dataset):
 
 
 class Patches(Dataset):
-    """Batch i: tiles `(I, 3, height, width)`, and the classes that cover a tenth of each patch, `(I, P, classes)`."""
+    """Batch i: tiles `(I, 3, height, width)`; for each patch, the classes that cover a tenth of it, and its place."""
 
     def __init__(self, images: ImageConfig, num_batches: int, batch_size: int):
         self.images, self.num_batches, self.batch_size = images, num_batches, batch_size
@@ -176,7 +177,8 @@ class Patches(Dataset):
             scene = draw_scene(seed) if i % 2 else letter_page(seed)
             views = slice(0 if i % 2 else 1, None)  # nobody can read a page's overview
             pixels.append(anyres_tiles(render(scene, scene.height, scene.width), self.images)[views])
-            targets.append(classes_of_patches(label_map(scene, scene.height, scene.width))[views])
+            classes = classes_of_patches(label_map(scene, scene.height, scene.width))[views]
+            targets.append(torch.cat([classes, places_of_patches().expand(len(classes), -1, -1)], dim=-1))
         return torch.cat(pixels), torch.cat(targets)
 
 
@@ -189,23 +191,31 @@ def classes_of_patches(labels: np.ndarray) -> Tensor:
     canvas = canvas.crop((-left, -top, LONG_SIDE - left, LONG_SIDE - top))
     tiles = np.array(canvas).reshape(2, TILE, 2, TILE).swapaxes(1, 2).reshape(4, TILE, TILE)
     views = torch.from_numpy(np.concatenate([overview[None], tiles])).long()  # (5, TILE, TILE)
-    side = TILE // PATCH
-    patches = views.view(5, side, PATCH, side, PATCH).transpose(2, 3).reshape(5, side * side, PATCH * PATCH)
-    counts = torch.zeros(5, side * side, len(CLASS_NAMES)).scatter_add_(2, patches, torch.ones(patches.shape))
+    patches = views.view(5, SIDE, PATCH, SIDE, PATCH).transpose(2, 3).reshape(5, SIDE * SIDE, PATCH * PATCH)
+    counts = torch.zeros(5, SIDE * SIDE, len(CLASS_NAMES)).scatter_add_(2, patches, torch.ones(patches.shape))
     return (counts >= 0.1 * PATCH * PATCH).float()
 
 
+def places_of_patches() -> Tensor:
+    """`(P, 2 · SIDE)`: row and column of each patch, one-hot.
+
+    The decoder's own positions only count tokens: if a feature forgets its place, nobody can tell where things are.
+    """
+    rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    return torch.cat([F.one_hot(rows.flatten(), SIDE), F.one_hot(columns.flatten(), SIDE)], dim=-1).float()
+
+
 class PatchReader(nn.Module):
-    """The tower with a linear reading of every patch: what it sees, it must be able to say."""
+    """The tower with a linear reading of every patch: what it sees, and where, it must be able to say."""
 
     def __init__(self, tower: nn.Module, width: int):
         super().__init__()
         self.tower = tower
-        self.head = nn.Linear(width, len(CLASS_NAMES))
+        self.head = nn.Linear(width, len(CLASS_NAMES) + 2 * SIDE)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         pixels, targets = batch
-        logits = self.head(self.tower(pixels, (-1,), True))  # (I, P, classes)
+        logits = self.head(self.tower(pixels, (-1,), True))  # (I, P, classes + places)
         return F.binary_cross_entropy_with_logits(logits, targets) * len(CLASS_NAMES)
 
 
