@@ -23,7 +23,7 @@ from qwen2_vl_tiny import (
 )  # fmt: skip
 from tiny import close, load, our_logits, picture, turn
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import minivlm
 from minivlm import Prompt
@@ -91,6 +91,7 @@ def test_limits_come_from_the_part_the_call_or_the_folder(checkpoints):
     ({"image": picture(8, 8)}, {"size": {"height": 8, "width": 8}}, "area"),
     ({"image": picture(8, 8)}, {"merge_size": 1}, "merge_size 1"),
     ({"image": picture(8, 8)}, {"do_pad": True}, "do_pad"),
+    ({"image": picture(8, 8)}, {"do_center_crop": True}, "neither crops"),
     ({"video": "film.mp4"}, {}, "not read from files yet"),
     ({"video": []}, {}, "at least one frame"),
     ({"video": [picture(8, 8), picture(8, 9)]}, {}, "one size"),
@@ -103,6 +104,14 @@ def test_what_cannot_be_is_refused_in_one_line(checkpoints, part, images_kwargs,
     with pytest.raises(MinivlmError, match=said) as caught:
         vlm.preprocess([ask({"type": kind, **part}, "What?")], images_kwargs=images_kwargs)
     assert "\n" not in str(caught.value)
+
+
+def test_a_silent_preprocessor_is_transformers_default(checkpoints, tmp_path):
+    checkpoint, _ = checkpoints()
+    images = load(tiny.variant(checkpoint.folder, tmp_path / "bare", drop=["preprocessor*"])).processor.images
+    theirs = Qwen2VLImageProcessorPil()
+    assert (images.min_pixels, images.max_pixels) == (theirs.size["shortest_edge"], theirs.size["longest_edge"])
+    assert images.resample == theirs.resample
 
 
 @pytest.mark.parametrize("settings", [
