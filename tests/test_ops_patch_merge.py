@@ -112,6 +112,14 @@ def test_patch_merge_twice_is_bit_for_bit_the_same(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@backends
+def test_patch_merge_brings_unlike_dtypes_to_the_wider(backend):
+    with on(backend):
+        x, grids, weight, bias = arguments([(1, 2, 1)], 2, 16, torch.bfloat16, 0)
+        ours = ops.patch_merge(x, grids, 2, weight.float(), bias, EPS)
+        assert torch.equal(ours, ops.patch_merge(x.float(), grids, 2, weight.float(), bias.float(), EPS))
+
+
 WRONG = [
     ({"grids": [[1, 2, 4]]}, "8.*12"),
     ({"grids": [[1, 3, 4]]}, "2 x 2"),

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from minivlm.errors import MinivlmError
 from minivlm.ops import backend
+from minivlm.ops.rms_norm import widest
 
 
 def patch_merge_reference(x: Tensor, grid_thw: Tensor, merge: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -30,6 +31,8 @@ def patch_merge(x: Tensor, grid_thw: Tensor, merge: int, weight: Tensor, bias: T
         of `merge`. Best kept on the CPU: its values are read there.
     """
     _check(x, grid_thw, merge, weight, bias)
+    if x.dtype != weight.dtype or x.dtype != bias.dtype:
+        x, weight, bias = widest(x, weight, bias)
     kernels = backend.kernels_for(x)
     if kernels is None:
         return patch_merge_reference(x, grid_thw, merge, weight, bias, eps)
@@ -46,8 +49,6 @@ def _check(x: Tensor, grid_thw: Tensor, merge: int, weight: Tensor, bias: Tensor
         raise MinivlmError(
             f"patch_merge: grid_thw is {grid_thw.dtype} {tuple(grid_thw.shape)}; it must be int64 (pictures, 3)"
         )
-    if x.dtype != weight.dtype or x.dtype != bias.dtype:
-        raise MinivlmError(f"patch_merge: x is {x.dtype}, weight {weight.dtype}, bias {bias.dtype}; make them alike")
     if grid_thw.is_meta or torch.compiler.is_compiling():
         return  # no values to look at; a kernel looks again when it runs
     patches = int(grid_thw.prod(-1).sum())

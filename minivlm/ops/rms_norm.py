@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.shape[-1:] != weight.shape:
         raise MinivlmError(f"rms_norm: x is {tuple(x.shape)}, weight {tuple(weight.shape)}; it must be (last of x,)")
     if x.dtype != weight.dtype:
-        x, weight = _widest(x, weight)
+        x, weight = widest(x, weight)
     kernels = backend.kernels_for(x)
     return rms_norm_reference(x, weight, eps) if kernels is None else kernels.rms_norm(x, weight, eps)
 
@@ -40,14 +40,15 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
             "the first two must be alike, the last (last of x,)"
         )
     if x.dtype != weight.dtype or residual.dtype != weight.dtype:
-        residual, x, weight = _widest(residual, x, weight)
+        residual, x, weight = widest(residual, x, weight)
     kernels = backend.kernels_for(x)
     if kernels is None:
         return add_rms_norm_reference(residual, x, weight, eps)
     return kernels.add_rms_norm(residual, x, weight, eps)
 
 
-def _widest(*tensors: Tensor) -> list[Tensor]:
+def widest(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the widest of their dtypes. Autocast leaves float32 weights beside bfloat16 activations."""
     dtype = tensors[0].dtype
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
