@@ -43,7 +43,7 @@ def read(
 ) -> Row:
     """Renders and tokenises one conversation and opens its pictures. `answers`: also mark what the assistant said."""
     if isinstance(conversation, Prompt):
-        ids = tokenizer.encode(conversation.text, add_bos=True)
+        ids = tokenizer.encode(unicode(conversation.text), add_bos=True)
         pictures = [open_image(image) for image in conversation.images]
         films = list(conversation.videos)
         return Row(conversation.text, ids, [False] * len(ids), pictures, [{}] * len(pictures), films, [{}] * len(films))
@@ -72,7 +72,7 @@ def split_media(messages: list[dict]) -> tuple[list[dict], list[tuple], list[tup
         for part in as_parts(message["content"]):
             kind = part.get("type")
             if kind == "text":
-                parts.append({"type": "text", "text": str(part.get("text", ""))})
+                parts.append({"type": "text", "text": unicode(str(part.get("text", "")))})
             elif kind in ("image", "image_url"):
                 images.append(source_of(part, _IMAGE_KEYS))
                 parts.append({"type": "image"})
@@ -92,6 +92,15 @@ def as_parts(content: "str | list[dict]") -> list[dict]:
     if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
         raise MinivlmError("a message's content must be a string or a list of parts: {'type': 'text', 'text': ...}")
     return list(content)
+
+
+def unicode(text: str) -> str:
+    """The text, if tokenizers can read it: half of a surrogate pair is no character, though a string may hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MinivlmError(f"the text is no valid Unicode (character {error.start}); read it as UTF-8") from error
+    return text
 
 
 def source_of(part: dict, keys: tuple[str, ...]) -> tuple[object, dict]:

@@ -96,6 +96,8 @@ def resolve(name: str | Path, revision: str | None = None, offline: bool = False
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         raise MinivlmError(f"{name!r} is no folder here, no alias and no hub id (owner/name){_meant(name)}: see --list")
     folder = _download(repository, revision, offline, SMALL + (WEIGHTS[:1] if weights else []))
+    if not weights and not (folder / "config.json").is_file():
+        _refuse_part(folder, repository)
     if weights and not any(folder.glob(WEIGHTS[0])):
         _refuse_part(folder, repository)
         folder = _download(repository, revision, offline, SMALL + WEIGHTS[1:])

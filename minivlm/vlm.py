@@ -55,16 +55,17 @@ def load(
     the vision weights: text only. `weights=False` reads no weights at all (a dry run): the model stays on the meta
     device and can only be asked for shapes.
     """
-    folder = resolve(name, revision, offline, weights=weights)
+    folder = resolve(name, revision, offline, weights=False)  # a look at the small files before a large download
     config = read_config(folder)
     original, tower = None, None
+    if not llava_original.is_original(config) and config["model_type"] not in MODULES:
+        raise MinivlmError(f"{folder} is a {config['model_type']!r} model; minivlm knows {', '.join(MODULES)}")
+    if weights:
+        folder = resolve(name, revision, offline)
     if llava_original.is_original(config):
         original, tower = open_original(folder, config, offline, weights and vision)
         config = original.config
-    model_type = config["model_type"]
-    if model_type not in MODULES:
-        raise MinivlmError(f"{folder} is a {model_type!r} model; minivlm knows {', '.join(MODULES)}")
-    family = importlib.import_module(MODULES[model_type])
+    family = importlib.import_module(MODULES[config["model_type"]])
     device = pick_device(device)
     with torch.device("meta"):
         model = family.Model.from_config(config)

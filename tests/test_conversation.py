@@ -60,6 +60,7 @@ def test_media_are_found_under_every_spelling():
         ([{"role": "user", "content": 7}], "string or a list of parts"),
         ([ask({"type": "sound", "sound": "x"})], "'sound'"),
         ([ask({"type": "image"})], "names no file"),
+        ([ask({"type": "text", "text": "a\ud800"})], "no valid Unicode"),
     ],
 )
 def test_messages_of_another_form_are_refused(messages, told):
