@@ -71,13 +71,15 @@ def load(
         model = family.Model.from_config(config)
     keys = llava_original.KEYS if original else family.KEYS
     skip = [] if vision else [prefix for prefix in keys if prefix.startswith(VISION_PREFIXES)]
+    dtype = pick_dtype(dtype, device, stored_dtype(folder) if weights else told_dtype(config))
     if weights:
-        dtype = pick_dtype(dtype, device, folder)
         elsewhere = ["vision_tower"] if tower else []
         load_weights(model, folder, keys, dtype, device, skip=[*skip, *tied_head(model), *elsewhere])
         if tower:
             tower_keys, others = llava_original.TOWER_KEYS, llava_original.NOT_TOWER
             load_weights(model.vision_tower, tower, tower_keys, dtype, device, skip=others)
+    else:
+        model.to(dtype)  # still on the meta device: sizes are right, and nothing is read
     model.eval().requires_grad_(False)
     if original:
         processor = family.Processor(model.config, original.tokenizer, original.template, original.images)
@@ -124,17 +126,23 @@ def pick_device(device: "str | torch.device") -> torch.device:
     return device
 
 
-def pick_dtype(dtype: "str | torch.dtype", device: torch.device, folder: Path) -> torch.dtype:
+def pick_dtype(dtype: "str | torch.dtype", device: torch.device, stored: torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
         if dtype not in DTYPES:
             raise MinivlmError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
         return DTYPES[dtype]
-    stored = stored_dtype(folder)
     if device.type == "cpu" and stored in (torch.float16, torch.bfloat16):
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     return stored
+
+
+def told_dtype(config: dict) -> torch.dtype:
+    """What config.json says of the weights' dtype: under either spelling, outside or in the text part."""
+    text = config.get("text_config") or {}
+    names = [c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype")]
+    return next((DTYPES[name] for name in names if name in DTYPES), torch.float32)
 
 
 def tied_head(model: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ import minivlm
 from minivlm import MinivlmError, Prompt
 from minivlm.demo import DEMO_CHECKPOINT, DEMO_PICTURE
 from minivlm.demo.world import BUNDLED, HELD_OUT_SEEDS, PICTURES, draw_scene, questions
-from minivlm.vlm import pick_device, pick_dtype, stop_ids
+from minivlm.vlm import pick_device, pick_dtype, stop_ids, told_dtype
 
 
 def ask(text, *pictures):
@@ -101,6 +101,8 @@ def test_without_vision_the_tower_is_never_read():
 def test_without_weights_shapes_can_be_asked_for():
     empty = minivlm.load(DEMO_CHECKPOINT, weights=False)
     assert all(p.is_meta for p in empty.model.parameters())
+    assert empty.dtype in (torch.bfloat16, torch.float32), "float16 on disk is neither computed nor counted in on a CPU"
+    assert minivlm.load(DEMO_CHECKPOINT, weights=False, dtype="float16").dtype == torch.float16
     assert empty.preprocess([ask("Hm?", DEMO_PICTURE)]).input_ids.shape[1] > 100
 
 
@@ -111,14 +113,20 @@ def test_an_unknown_family_is_named(tmp_path):
 
 
 def test_device_and_dtype_are_chosen_or_refused():
-    assert pick_dtype("float16", torch.device("cpu"), DEMO_CHECKPOINT) == torch.float16
-    assert pick_dtype(torch.float64, torch.device("cpu"), DEMO_CHECKPOINT) == torch.float64
-    assert pick_dtype("auto", torch.device("cpu"), DEMO_CHECKPOINT) in (torch.bfloat16, torch.float32)
-    assert pick_dtype("auto", torch.device("cuda"), DEMO_CHECKPOINT) == torch.float16
+    assert pick_dtype("float16", torch.device("cpu"), torch.float32) == torch.float16
+    assert pick_dtype(torch.float64, torch.device("cpu"), torch.float32) == torch.float64
+    assert pick_dtype("auto", torch.device("cpu"), torch.float16) in (torch.bfloat16, torch.float32)
+    assert pick_dtype("auto", torch.device("cuda"), torch.float16) == torch.float16
     with pytest.raises(MinivlmError, match="float8"):
-        pick_dtype("float8", torch.device("cpu"), DEMO_CHECKPOINT)
+        pick_dtype("float8", torch.device("cpu"), torch.float32)
     with pytest.raises(MinivlmError, match="device"):
         pick_device("toaster")
+
+
+def test_the_dtype_that_a_config_tells_is_found_in_every_place():
+    assert told_dtype({"torch_dtype": "bfloat16"}) == told_dtype({"dtype": "bfloat16"}) == torch.bfloat16
+    assert told_dtype({"text_config": {"torch_dtype": "float16"}}) == torch.float16
+    assert told_dtype({}) == torch.float32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a CUDA device")
