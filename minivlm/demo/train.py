@@ -222,10 +222,9 @@ class PatchReader(nn.Module):
 def main():
     parser = argparse.ArgumentParser(prog="python -m minivlm.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--see", type=int, default=3300, help="steps of the first stage (default: %(default)s)")
-    parser.add_argument("--talk", type=int, default=1200, help="steps of the second stage (default: %(default)s)")
+    parser.add_argument("--see", type=int, default=4700, help="steps of the first stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=1280, help="steps of the second stage (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak (default: %(default)s)")
     args = parser.parse_args()
 
     make_folder(args.out)
@@ -238,12 +237,12 @@ def main():
 
     reader = PatchReader(model.vision_tower, config["vision_config"]["hidden_size"])
     seen = Patches(processor.images, args.see, args.batch_size)
-    fit(reader, seen, reader.loss, args.learning_rate, work / "see.pt", name="seeing")
+    fit(reader, seen, reader.loss, 1.5e-3, work / "see.pt", name="seeing")
 
     talks = Talks(processor, args.talk, args.batch_size, first_seed=args.see * args.batch_size)
     # Frozen, as in LLaVA-1.5: the first gradients of the language model are noise, which would soon blind the tower.
     model.vision_tower.requires_grad_(False)
-    fit(model, talks, lambda batch: next_token_loss(model, batch), args.learning_rate, work / "talk.pt", name="talking")
+    fit(model, talks, lambda batch: next_token_loss(model, batch), 2e-3, work / "talk.pt", name="talking")
     save_weights(model.half(), args.out, llava_next.KEYS)
     shutil.rmtree(work)
 
