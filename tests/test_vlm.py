@@ -10,8 +10,10 @@ from PIL import Image
 import minivlm
 from minivlm import MinivlmError, Prompt
 from minivlm.demo import DEMO_CHECKPOINT, DEMO_PICTURE
-from minivlm.demo.world import BUNDLED, HELD_OUT_SEEDS, PICTURES, draw_scene, questions
+from minivlm.demo.world import BUNDLED, HELD_OUT_SEEDS, PICTURES, draw_scene, questions, render
 from minivlm.vlm import pick_device, pick_dtype, stop_ids, told_dtype
+
+FLOOR = 0.5  # share of the sample's questions that the shipped weights must answer to the letter
 
 
 def ask(text, *pictures):
@@ -24,13 +26,18 @@ def vlm():
     return minivlm.load(DEMO_CHECKPOINT, device="cpu", dtype="float32")
 
 
-def test_the_bundled_model_describes_the_bundled_pictures(vlm):
-    """Not a sample of its accuracy (`python -m minivlm.demo.evaluate` is): these answers are what newcomers see."""
-    for name, number in BUNDLED.items():
-        seed = HELD_OUT_SEEDS[number]
-        asked = [q for q in questions(draw_scene(seed), seed) if q.kind == "describe"]
-        for question in asked:
-            assert vlm.chat(question.question, [PICTURES / name], max_new_tokens=64) == question.answer, name
+def test_the_bundled_model_is_as_good_as_the_readme_says(vlm):
+    """A small sample of `python -m minivlm.demo.evaluate`: a broken seam between picture and answer halves it."""
+    asked, batch = [], []
+    for seed in HELD_OUT_SEEDS[:16]:
+        scene = draw_scene(seed)
+        for question in questions(scene, seed)[::3]:
+            parts = [{"type": "image", "image": render(scene)}, {"type": "text", "text": question.question}]
+            batch.append([{"role": "user", "content": parts}])
+            asked.append(question)
+    results = vlm.generate(batch, max_new_tokens=64)
+    right = sum(result.text == question.answer for result, question in zip(results, asked, strict=True))
+    assert right / len(asked) >= FLOOR, f"{right} of {len(asked)}"
 
 
 def test_the_model_looks(vlm):
