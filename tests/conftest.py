@@ -1,6 +1,7 @@
 """What every test stands on: one thread, no network, hypothesis profiles, and CUDA tests only where a GPU is."""
 
 import os
+import signal
 import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
@@ -12,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# A shell starts its background jobs deaf to Ctrl-C, and they pass that on: tests of Ctrl-C must hear it all the same.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # no test asserts a time
 settings.register_profile("default", max_examples=30, derandomize=True, **QUIET)  # the same cases on every machine
