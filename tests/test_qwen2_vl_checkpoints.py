@@ -97,7 +97,7 @@ def test_limits_come_from_the_part_the_call_or_the_folder(checkpoints):
     ({"video": [picture(8, 8), picture(8, 9)]}, {}, "one size"),
     ({"video": [picture(8, 8)], "num_frames": 3}, {}, "'num_frames'"),
     ({"video": [picture(8, 8)], "min_pixels": "many"}, {}, "min_pixels"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(checkpoints, part, images_kwargs, said):
     _, vlm = checkpoints()
     kind = "image" if "image" in part else "video"
