@@ -1,7 +1,7 @@
 """Messages → rows of token ids with their pictures and films; rows → one left-padded batch.
 
-This is the part of every processor that does not depend on the family. What does (how many tokens a picture becomes)
-stays with the family, which calls `read`, then `expand`, then `collate`.
+The parts of which `processor.py` is made, and `expand`, which a family calls once it knows how many tokens a picture
+becomes.
 """
 
 from dataclasses import dataclass, field
@@ -114,17 +114,16 @@ def source_of(part: dict, keys: tuple[str, ...]) -> tuple[object, dict]:
     return source, {key: value for key, value in part.items() if key not in ("type", "detail", *keys)}
 
 
-def expand(row: Row, counts: dict[int, list[int]], names: dict[int, str]):
+def expand(row: Row, counts: dict[int, list[int]]):
     """Repeats each placeholder id as often as its picture or film has tokens, in place.
 
-    `counts[placeholder id]` lists the token counts in order; `names` says what the placeholders stand for, for the
-    error.
+    `counts[placeholder id]` lists the token counts in order; the first id stands for pictures, a second for films.
     """
-    for token_id, wanted in counts.items():
+    for (token_id, wanted), name in zip(counts.items(), ("pictures", "films"), strict=False):
         found = row.ids.count(token_id)
         if found != len(wanted):
             raise MinivlmError(
-                f"the prompt has {found} placeholders for {names[token_id]}, but {len(wanted)} were given; "
+                f"the prompt has {found} placeholders for {name}, but {len(wanted)} were given; "
                 "each needs one, in order"
             )
     queues = {token_id: iter(wanted) for token_id, wanted in counts.items()}

@@ -1,8 +1,26 @@
-"""Puts image tokens where the prompt holds their placeholders."""
+"""Puts image tokens where the prompt holds their placeholders; and what all models do alike around their decoder."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from minivlm.cache import KVCache
 from minivlm.errors import MinivlmError
+from minivlm.inputs import Inputs
+
+
+def embed(embed_tokens: nn.Module, input_ids: Tensor, seen: dict[int, Tensor | None]) -> Tensor:
+    """Token embeddings `(B, T, D)` of `input_ids (B, T)`, with image tokens in the places of their placeholders.
+
+    `seen[placeholder id]` are the image tokens `(N, D)`; None where the batch has no such picture or film, and then a
+    placeholder is an error, too.
+    """
+    words = input_ids
+    for token_id in seen:
+        # The placeholder's own row is never used, and in some checkpoints the table has none.
+        words = words.masked_fill(words == token_id, 0)
+    x = embed_tokens(words)  # (B, T, D)
+    for token_id, tokens in seen.items():
+        x = fuse(x, input_ids == token_id, x.new_empty(0, x.shape[-1]) if tokens is None else tokens)
+    return x
 
 
 def fuse(embeddings: Tensor, is_placeholder: Tensor, image_tokens: Tensor) -> Tensor:
@@ -19,3 +37,18 @@ def fuse(embeddings: Tensor, is_placeholder: Tensor, image_tokens: Tensor) -> Te
             "was the prompt cut off, or made with another processor?"
         )
     return embeddings.masked_scatter(is_placeholder[..., None], image_tokens.to(embeddings.dtype))
+
+
+class BaseModel(nn.Module):
+    """A model is a decoder, `language_model`, and eyes. How it sees is `embed`, which every family defines."""
+
+    def forward(self, inputs: Inputs, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits `(B, T, V)` float32; `(B, 1, V)` with `last_only`, which is all that generation needs."""
+        return self.language_model(self.embed(inputs), inputs.attention_mask, cache=cache, last_only=last_only)
+
+    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """One further token `(B, 1)` for every row → logits `(B, V)`."""
+        return self.language_model.decode(token_ids, cache)
+
+    def new_cache(self, capacity: int = 0) -> KVCache:
+        return KVCache(self.language_model.config.num_layers, capacity)

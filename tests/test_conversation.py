@@ -85,7 +85,7 @@ def test_a_prompt_is_read_as_it_is(tokenizer):
 
 def test_expand_repeats_placeholders_in_order():
     row = Row("", [1, 9, 2, 9], [False, True, True, False])
-    expand(row, {9: [2, 3]}, {9: "pictures"})
+    expand(row, {9: [2, 3]})
     assert row.ids == [1, 9, 9, 2, 9, 9, 9]
     assert row.is_answer == [False, False, False, True, False, False, False], "a placeholder is never a target"
 
@@ -93,7 +93,7 @@ def test_expand_repeats_placeholders_in_order():
 @pytest.mark.parametrize("counts", [[4], [4, 4, 4]])
 def test_expand_wants_one_placeholder_per_picture(counts):
     with pytest.raises(MinivlmError, match=f"2 placeholders for pictures, but {len(counts)} were given"):
-        expand(Row("", [9, 9], [False, False]), {9: counts}, {9: "pictures"})
+        expand(Row("", [9, 9], [False, False]), {9: counts})
 
 
 def test_collate_pads_on_the_left():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minivlm.errors import MinivlmError
-from minivlm.fuse import fuse
+from minivlm.fuse import embed, fuse
 
 
 def test_image_tokens_fill_the_placeholders_row_by_row():
@@ -34,3 +34,17 @@ def test_gradients_reach_pictures_and_the_words_between_them():
     fuse(x, torch.tensor([[False, True, False]]), tokens).sum().backward()
     assert tokens.grad.tolist() == [[1, 1]]
     assert x.grad[0].tolist() == [[1, 1], [0, 0], [1, 1]]
+
+
+def test_embed_puts_each_kind_in_its_own_places():
+    """Ids 7 and 8 stand behind the table of 4 words: placeholders need no row there."""
+    table = torch.nn.Embedding(4, 1).requires_grad_(False)
+    seen = {7: torch.tensor([[70.0], [71.0]]), 8: torch.tensor([[80.0]])}
+    ours = embed(table, torch.tensor([[1, 7, 2], [8, 3, 7]]), seen)
+    word = table.weight[:, 0]
+    assert torch.equal(ours[..., 0], torch.tensor([[word[1], 70, word[2]], [80, word[3], 71]]))
+
+
+def test_embed_refuses_placeholders_of_what_is_not_there():
+    with pytest.raises(MinivlmError, match="1 image placeholders.* 0 image tokens"):
+        embed(torch.nn.Embedding(4, 1), torch.tensor([[1, 8]]), {7: None, 8: None})

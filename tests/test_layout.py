@@ -21,13 +21,14 @@ FLOORS = {
     "text_stream": 2,
     "images": 3, "videos": 3, "text": 3, "layers": 3, "positions": 3, "cache": 3, "inputs": 3, "sampling": 3,
     "decoder": 4, "vit": 4, "fuse": 4, "conversation": 4,
-    "models": 5,
-    "hub": 6, "weights": 6, "generate": 6,
-    "vlm": 7,
-    "__init__": 8,
-    "train": 9, "chat": 9, "batch": 9, "preview": 9,
-    "demo": 10,
-    "run": 11,
+    "processor": 5,
+    "models": 6,
+    "hub": 7, "weights": 7, "generate": 7,
+    "vlm": 8,
+    "__init__": 9,
+    "train": 10, "chat": 10, "batch": 10, "preview": 10,
+    "demo": 11,
+    "run": 12,
 }  # fmt: skip
 
 # In the order of their papers: a model may use functions of an earlier one.

@@ -23,7 +23,7 @@ from tokenizers_tiny import TEMPLATES
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 import minivlm
-from minivlm import decoder
+from minivlm import decoder, fuse
 from minivlm.errors import MinivlmError
 from minivlm.image_config import CLIP_MEAN, CLIP_STD
 from minivlm.models import llava
@@ -180,9 +180,9 @@ TRAPS = {
         decoder, "text_positions", lambda mask: torch.arange(mask.shape[1]).expand_as(mask) * 2
     ),
     "pictures in another order": lambda patch: patch.setattr(
-        llava, "fuse", lambda x, where, tokens: x.masked_scatter(where[..., None], tokens.flip(0))
+        fuse, "fuse", lambda x, where, tokens: x.masked_scatter(where[..., None], tokens.flip(0))
     ),
-    "no pictures": lambda patch: patch.setattr(llava, "fuse", lambda x, *_: x),
+    "no pictures": lambda patch: patch.setattr(fuse, "fuse", lambda x, *_: x),
     "colours swapped": lambda patch: patch.setattr(
         llava, "to_pixels", lambda image, config, original=llava.to_pixels: original(image, config).flip(0)
     ),

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from minivlm.cache import KVCache
-from minivlm.conversation import collate, expand, read
+from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder, DecoderConfig
 from minivlm.errors import MinivlmError
-from minivlm.fuse import fuse
+from minivlm.fuse import BaseModel, embed
 from minivlm.image_config import CLIP_DEFAULTS, ImageConfig
 from minivlm.images import to_pixels
-from minivlm.inputs import Inputs, Prompt
+from minivlm.inputs import Inputs
 from minivlm.layers import Projector, activation
-from minivlm.text import ChatTemplate, Tokenizer
+from minivlm.processor import BaseProcessor
 from minivlm.vit import ViT, ViTConfig, num_features, of_tower_size
 
 # Parameter prefixes here → their spellings in checkpoints, the hub's published one first (checkpoints.md, layouts A,
@@ -128,7 +127,7 @@ def image_defaults(config: LlavaConfig) -> dict:
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
-class Model(nn.Module):
+class Model(BaseModel):
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
@@ -148,22 +147,8 @@ class Model(nn.Module):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Token embeddings `(B, T, D)`, with image tokens in the place of their placeholders."""
-        is_image = inputs.input_ids == self.config.image_token_id
-        # The placeholder's own row is never used, and in some checkpoints the table has none.
-        x = self.language_model.embed_tokens(inputs.input_ids.masked_fill(is_image, 0))
-        tokens = x.new_empty(0, x.shape[-1]) if inputs.pixel_values is None else self.encode_images(inputs)
-        return fuse(x, is_image, tokens)  # a placeholder without a picture is an error, too
-
-    def forward(self, inputs: Inputs, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
-        """Logits `(B, T, V)` float32; `(B, 1, V)` with `last_only`, which is all that generation needs."""
-        return self.language_model(self.embed(inputs), inputs.attention_mask, cache=cache, last_only=last_only)
-
-    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """One further token `(B, 1)` for every row → logits `(B, V)`."""
-        return self.language_model.decode(token_ids, cache)
-
-    def new_cache(self, capacity: int = 0) -> KVCache:
-        return KVCache(self.config.text.num_layers, capacity)
+        image_tokens = None if inputs.pixel_values is None else self.encode_images(inputs)
+        return embed(self.language_model.embed_tokens, inputs.input_ids, {self.config.image_token_id: image_tokens})
 
 
 # ------------------------------------------------------------------------------------------------------- the processor
@@ -174,43 +159,18 @@ def num_image_tokens(config: LlavaConfig) -> int:
     return num_features(config.vision, config.drop_class_token)
 
 
-class Processor:
+class Processor(BaseProcessor):
     """Conversations → `Inputs`."""
 
-    def __init__(self, config: LlavaConfig, tokenizer: Tokenizer, template: ChatTemplate, images: ImageConfig):
-        self.config, self.tokenizer, self.template, self.images = config, tokenizer, template, images
+    Config, template_source = LlavaConfig, TEMPLATE
 
     @classmethod
-    def from_folder(cls, folder: Path, config: dict) -> "Processor":
-        llava = LlavaConfig.from_hf(config)
-        return cls(
-            llava,
-            Tokenizer.from_folder(folder),
-            ChatTemplate.from_folder(folder, default=TEMPLATE),
-            ImageConfig.from_folder(folder, image_defaults(llava)),
-        )
+    def read_images(cls, folder: Path, config: LlavaConfig) -> ImageConfig:
+        return ImageConfig.from_folder(folder, image_defaults(config))
 
-    def __call__(
-        self,
-        conversations: "list[list[dict] | Prompt]",
-        template_kwargs: dict | None = None,
-        images_kwargs: dict | None = None,
-        labels: bool = False,
-        add_generation_prompt: bool = True,
-    ) -> Inputs:
-        images = self.images.override(images_kwargs or {})
-        rows = [
-            read(conversation, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels)
-            for conversation in conversations
-        ]
-        image_id = self.config.image_token_id
+    def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
         for row in rows:
-            counts = [num_image_tokens(self.config)] * len(row.pictures)
-            expand(row, {image_id: counts}, {image_id: "pictures"})
-        inputs = collate(rows, self.tokenizer.pad_id, labels)
-        pictures = [picture for row in rows for picture in row.pictures]
-        if pictures:
-            side = self.config.vision.image_size
-            inputs.pixel_values = torch.stack([of_tower_size(to_pixels(picture, images), side) for picture in pictures])
-            inputs.image_sizes = torch.tensor([(picture.height, picture.width) for picture in pictures])
-        return inputs
+            expand(row, {self.config.image_token_id: [num_image_tokens(self.config)] * len(row.pictures)})
+        side = self.config.vision.image_size
+        pixels = [of_tower_size(to_pixels(picture, images), side) for row in rows for picture in row.pictures]
+        return {"pixel_values": torch.stack(pixels)} if pixels else {}  # (N, 3, 336, 336)

@@ -20,17 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minivlm.cache import KVCache
-from minivlm.conversation import collate, expand, read
+from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder
 from minivlm.errors import MinivlmError
-from minivlm.fuse import fuse
+from minivlm.fuse import BaseModel, embed
 from minivlm.image_config import ImageConfig
 from minivlm.images import anyres_grid, anyres_tiles, unpadded_grid
-from minivlm.inputs import Inputs, Prompt
+from minivlm.inputs import Inputs
 from minivlm.models import llava
 from minivlm.models.llava import LlavaConfig, image_defaults, make_projector
-from minivlm.text import ChatTemplate, Tokenizer
+from minivlm.processor import BaseProcessor
 from minivlm.vit import ViT, of_tower_size
 
 KEYS = {**llava.KEYS, "image_newline": ("image_newline", "model.image_newline")}
@@ -71,7 +70,7 @@ class LlavaNextConfig:
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
-class Model(nn.Module):
+class Model(BaseModel):
     def __init__(self, config: LlavaNextConfig):
         super().__init__()
         self.config = config
@@ -101,21 +100,9 @@ class Model(nn.Module):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Token embeddings `(B, T, D)`, with image tokens in the place of their placeholders."""
-        is_image = inputs.input_ids == self.config.llava.image_token_id
-        x = self.language_model.embed_tokens(inputs.input_ids.masked_fill(is_image, 0))
-        tokens = x.new_empty(0, x.shape[-1]) if inputs.pixel_values is None else self.encode_images(inputs)
-        return fuse(x, is_image, tokens)  # a placeholder without a picture is an error, too
-
-    def forward(self, inputs: Inputs, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
-        """Logits `(B, T, V)` float32; `(B, 1, V)` with `last_only`, which is all that generation needs."""
-        return self.language_model(self.embed(inputs), inputs.attention_mask, cache=cache, last_only=last_only)
-
-    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """One further token `(B, 1)` for every row → logits `(B, V)`."""
-        return self.language_model.decode(token_ids, cache)
-
-    def new_cache(self, capacity: int = 0) -> KVCache:
-        return KVCache(self.config.llava.text.num_layers, capacity)
+        image_id = self.config.llava.image_token_id
+        image_tokens = None if inputs.pixel_values is None else self.encode_images(inputs)
+        return embed(self.language_model.embed_tokens, inputs.input_ids, {image_id: image_tokens})
 
 
 def arrange(
@@ -148,50 +135,24 @@ def num_image_tokens(config: LlavaNextConfig, size: tuple[int, int], grid: tuple
     return side * side + h * (w + 1)
 
 
-class Processor:
+class Processor(BaseProcessor):
     """Conversations → `Inputs`."""
 
-    def __init__(self, config: LlavaNextConfig, tokenizer: Tokenizer, template: ChatTemplate, images: ImageConfig):
-        self.config, self.tokenizer, self.template, self.images = config, tokenizer, template, images
+    Config, template_source = LlavaNextConfig, TEMPLATE
 
     @classmethod
-    def from_folder(cls, folder: Path, config: dict) -> "Processor":
-        next_config = LlavaNextConfig.from_hf(config)
-        defaults = {**image_defaults(next_config.llava), "image_grid_pinpoints": next_config.pinpoints}
-        return cls(
-            next_config,
-            Tokenizer.from_folder(folder),
-            ChatTemplate.from_folder(folder, default=TEMPLATE),
-            ImageConfig.from_folder(folder, defaults),
+    def read_images(cls, folder: Path, config: LlavaNextConfig) -> ImageConfig:
+        return ImageConfig.from_folder(
+            folder, {**image_defaults(config.llava), "image_grid_pinpoints": config.pinpoints}
         )
 
-    def __call__(
-        self,
-        conversations: "list[list[dict] | Prompt]",
-        template_kwargs: dict | None = None,
-        images_kwargs: dict | None = None,
-        labels: bool = False,
-        add_generation_prompt: bool = True,
-    ) -> Inputs:
-        images = self.images.override(images_kwargs or {})
-        rows = [
-            read(conversation, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels)
-            for conversation in conversations
-        ]
-        image_id = self.config.llava.image_token_id
-        grids = []
+    def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
+        llava, tiles, grids = self.config.llava, [], []
         for row in rows:
             sizes = [(picture.height, picture.width) for picture in row.pictures]
             own = [anyres_grid(size, images.image_grid_pinpoints, images.tile) for size in sizes]
             counts = [num_image_tokens(self.config, size, grid) for size, grid in zip(sizes, own, strict=True)]
-            expand(row, {image_id: counts}, {image_id: "pictures"})
+            expand(row, {llava.image_token_id: counts})
+            tiles += [of_tower_size(anyres_tiles(p, images), llava.vision.image_size) for p in row.pictures]
             grids += own
-        inputs = collate(rows, self.tokenizer.pad_id, labels)
-        pictures = [picture for row in rows for picture in row.pictures]
-        if pictures:
-            side = self.config.llava.vision.image_size
-            tiles = [of_tower_size(anyres_tiles(picture, images), side) for picture in pictures]
-            inputs.pixel_values = torch.cat(tiles)
-            inputs.image_sizes = torch.tensor([(picture.height, picture.width) for picture in pictures])
-            inputs.image_grids = torch.tensor(grids)
-        return inputs
+        return {"pixel_values": torch.cat(tiles), "image_grids": torch.tensor(grids)} if grids else {}

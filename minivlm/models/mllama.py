@@ -29,15 +29,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minivlm.cache import KVCache
-from minivlm.chat_template import ChatTemplate
-from minivlm.conversation import collate, expand, read
+from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder, DecoderConfig, DecoderLayer, Step
 from minivlm.errors import MinivlmError
+from minivlm.fuse import BaseModel
 from minivlm.image_config import ImageConfig
 from minivlm.images import normalise, resize, split_tiles
 from minivlm.inputs import Inputs, Prompt
 from minivlm.layers import MLP, GatedMLP, Linear, RMSNorm, activation, attention, embedding
-from minivlm.text import Tokenizer
+from minivlm.processor import BaseProcessor
 from minivlm.vit import of_tower_size
 
 # Parameter prefixes here → their spellings in checkpoints, the hub's published one first (checkpoints.md, layouts A
@@ -398,7 +398,7 @@ class Head(Linear):
     cuts_rows = True
 
 
-class Model(nn.Module):
+class Model(BaseModel):
     def __init__(self, config: MllamaConfig):
         super().__init__()
         self.config = config
@@ -453,13 +453,6 @@ class Model(nn.Module):
             # An answer sees what the last token of its prompt sees.
             cache.memory = memory | {"visible": memory["visible"][:, :, -1:], "sees": memory["sees"][:, -1:]}
         return logits
-
-    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """One further token `(B, 1)` for every row → logits `(B, V)`."""
-        return self.language_model.decode(token_ids, cache)
-
-    def new_cache(self, capacity: int = 0) -> KVCache:
-        return KVCache(self.config.text.num_layers, capacity)
 
 
 # --------------------------------------------------------------------------------------------------------------- tiles
@@ -527,73 +520,52 @@ def with_bos(prompt: Prompt, bos: str) -> Prompt:
     return replace(prompt, text=prompt.text.removesuffix(text) + bos + text)
 
 
-class Processor:
+class Processor(BaseProcessor):
     """Conversations → `Inputs`."""
 
-    def __init__(self, config: MllamaConfig, tokenizer: Tokenizer, template: ChatTemplate, images: ImageConfig):
-        self.config, self.tokenizer, self.template, self.images = config, tokenizer, template, images
+    Config, template_source = MllamaConfig, TEMPLATE
 
     @classmethod
-    def from_folder(cls, folder: Path, config: dict) -> "Processor":
-        mllama = MllamaConfig.from_hf(config)
-        return cls(
-            mllama,
-            Tokenizer.from_folder(folder),
-            ChatTemplate.from_folder(folder, default=TEMPLATE),
-            ImageConfig.from_folder(folder, image_defaults(mllama)),
-        )
+    def read_images(cls, folder: Path, config: MllamaConfig) -> ImageConfig:
+        return ImageConfig.from_folder(folder, image_defaults(config))
 
-    def __call__(
-        self,
-        conversations: "list[list[dict] | Prompt]",
-        template_kwargs: dict | None = None,
-        images_kwargs: dict | None = None,
-        labels: bool = False,
-        add_generation_prompt: bool = True,
-    ) -> Inputs:
-        images = self.images.override(images_kwargs or {})
-        bos = self.tokenizer.bos_token or ""
-        conversations = [with_bos(c, bos) if isinstance(c, Prompt) else c for c in conversations]
-        rows = [
-            read(conversation, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels)
-            for conversation in conversations
-        ]
-        pictures = [row.pictures for row in rows]
-        if any(pictures) and self.config.vision is None:
+    def complete(self, prompt: Prompt) -> Prompt:
+        return with_bos(prompt, self.tokenizer.bos_token or "")
+
+    def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
+        """Under transformers' names and in its shapes: all rows have as many pictures, all pictures as many tiles, as
+        the largest; the others are zeros."""
+        vision, most = self.config.vision, max((len(row.pictures) for row in rows), default=0)
+        if most and vision is None:
             raise MinivlmError("this checkpoint is a text model alone: it cannot be given a picture")
-        image_id = self.config.image_token_id
         for row in rows:
-            expand(row, {image_id: [1] * len(row.pictures)}, {image_id: "pictures"})
-        inputs = collate(rows, self.tokenizer.pad_id, labels)
-        if any(pictures):
-            self.add_pictures(inputs, pictures, images)
-        return inputs
-
-    def add_pictures(self, inputs: Inputs, pictures: list[list[Image.Image]], images: ImageConfig):
-        """Fills in the vision tensors, under transformers' names and in its shapes.
-
-        All rows have as many pictures, all pictures as many tiles, as the largest; the others are zeros.
-        """
-        vision = self.config.vision
+            expand(row, {self.config.image_token_id: [1] * len(row.pictures)})
+        if not most:
+            return {}
         if not (images.do_resize and images.do_pad) or images.do_center_crop or images.size.height != images.size.width:
             raise MinivlmError("the image processor must resize and pad to square tiles, without do_center_crop")
         ratios = [ratio for ratio in vision.aspect_ratios if ratio[0] * ratio[1] <= images.max_image_tiles]
         if images.max_image_tiles > vision.num_tiles:
             raise MinivlmError(f"max_image_tiles is {images.max_image_tiles}, the tower sees {vision.num_tiles}")
-        side, I, (B, T) = vision.image_size, vision.num_tiles, inputs.input_ids.shape
-        most = max(map(len, pictures))
-        inputs.pixel_values = torch.zeros(B, most, I, vision.num_channels, side, side)
-        inputs.aspect_ratio_ids = torch.zeros(B, most, dtype=torch.int64)
-        inputs.aspect_ratio_mask = torch.zeros(B, most, I, dtype=torch.int64)
-        inputs.aspect_ratio_mask[:, :, 0] = 1  # of a picture that is not there, too: so in the reference
-        inputs.cross_attention_mask = torch.zeros(B, T, most, I, dtype=torch.int64)
-        inputs.image_sizes = torch.tensor([(p.height, p.width) for row in pictures for p in row])
-        for b, row in enumerate(pictures):
-            places = (inputs.input_ids[b] == self.config.image_token_id).nonzero()[:, 0].tolist()
-            for n, (picture, (start, end)) in enumerate(zip(row, sights(places, T), strict=True)):
+        side, I, B, T = vision.image_size, vision.num_tiles, len(rows), max(len(row.ids) for row in rows)
+        pixels = torch.zeros(B, most, I, vision.num_channels, side, side)
+        ratio_ids = torch.zeros(B, most, dtype=torch.int64)
+        tile_mask = torch.zeros(B, most, I, dtype=torch.int64)
+        tile_mask[:, :, 0] = 1  # of a picture that is not there, too: so in the reference
+        cross_mask = torch.zeros(B, T, most, I, dtype=torch.int64)
+        for b, row in enumerate(rows):
+            padding = T - len(row.ids)
+            places = [padding + i for i, token_id in enumerate(row.ids) if token_id == self.config.image_token_id]
+            for n, (picture, (start, end)) in enumerate(zip(row.pictures, sights(places, T), strict=True)):
                 ratio = choose_canvas((picture.height, picture.width), ratios, images.size.height)
                 tiles = of_tower_size(cut(picture, ratio, images), side)
-                inputs.pixel_values[b, n, : len(tiles)] = tiles
-                inputs.aspect_ratio_ids[b, n] = vision.aspect_ratios.index(ratio) + 1
-                inputs.aspect_ratio_mask[b, n, : len(tiles)] = 1
-                inputs.cross_attention_mask[b, start:end, n, : len(tiles)] = 1
+                pixels[b, n, : len(tiles)] = tiles
+                ratio_ids[b, n] = vision.aspect_ratios.index(ratio) + 1
+                tile_mask[b, n, : len(tiles)] = 1
+                cross_mask[b, start:end, n, : len(tiles)] = 1
+        return {
+            "pixel_values": pixels,
+            "aspect_ratio_ids": ratio_ids,
+            "aspect_ratio_mask": tile_mask,
+            "cross_attention_mask": cross_mask,
+        }

@@ -34,19 +34,19 @@ from torch import Tensor, nn
 
 from minivlm import ops
 from minivlm.cache import KVCache
-from minivlm.conversation import collate, expand, read
+from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder, DecoderConfig
 from minivlm.errors import MinivlmError
 from minivlm.files import read_json
-from minivlm.fuse import fuse
+from minivlm.fuse import BaseModel, embed
 from minivlm.image_config import CLIP_DEFAULTS, ImageConfig
 from minivlm.images import normalise, resize
-from minivlm.inputs import Inputs, Prompt
+from minivlm.inputs import Inputs
 from minivlm.layers import MLP, Linear, activation, attention
 from minivlm.models.llava import is_tied
 from minivlm.open_image import open_image
 from minivlm.positions import Rope, RopeConfig, mrope_positions
-from minivlm.text import ChatTemplate, Tokenizer
+from minivlm.processor import BaseProcessor
 
 # The hub's layout, then that of transformers ≥ 4.52. The longest spelling wins, so "model" is what nothing else fits.
 KEYS = {
@@ -267,7 +267,7 @@ def raster_positions(grid_thw: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
-class Model(nn.Module):
+class Model(BaseModel):
     def __init__(self, config: Qwen2VLConfig):
         super().__init__()
         self.config = config
@@ -288,12 +288,11 @@ class Model(nn.Module):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Token embeddings `(B, T, D)`, with the tokens of pictures and films in the places of their placeholders."""
-        is_image = inputs.input_ids == self.config.image_token_id
-        is_video = inputs.input_ids == self.config.video_token_id
-        x = self.language_model.embed_tokens(inputs.input_ids.masked_fill(is_image | is_video, 0))
-        nothing = x.new_empty(0, x.shape[-1])
-        x = fuse(x, is_image, nothing if inputs.pixel_values is None else self.encode_images(inputs))
-        return fuse(x, is_video, nothing if inputs.pixel_values_videos is None else self.encode_videos(inputs))
+        seen = {
+            self.config.image_token_id: None if inputs.pixel_values is None else self.encode_images(inputs),
+            self.config.video_token_id: None if inputs.pixel_values_videos is None else self.encode_videos(inputs),
+        }
+        return embed(self.language_model.embed_tokens, inputs.input_ids, seen)
 
     def positions(self, inputs: Inputs) -> Tensor:
         """Frame, row and column of every token: `(3, B, T)`."""
@@ -305,13 +304,6 @@ class Model(nn.Module):
         """Logits `(B, T, V)` float32; `(B, 1, V)` with `last_only`, which is all that generation needs."""
         x = self.embed(inputs)
         return self.language_model(x, inputs.attention_mask, self.positions(inputs), cache, last_only)
-
-    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """One further token `(B, 1)` for every row → logits `(B, V)`. Text: its three positions are one number."""
-        return self.language_model.decode(token_ids, cache)
-
-    def new_cache(self, capacity: int = 0) -> KVCache:
-        return KVCache(self.config.text.num_layers, capacity)
 
 
 # ------------------------------------------------------------------------------------------------------- the processor
@@ -389,19 +381,10 @@ def target_size(size: tuple[int, int], options: dict, images: ImageConfig, cell:
     return smart_resize(size, cell, limits.min_pixels, limits.max_pixels)
 
 
-def check_options(options: dict, known: tuple[str, ...]) -> dict:
-    """What a part of a message asks for; null means that it does not."""
-    for key in options:
-        if key not in known:
-            raise MinivlmError(f"a picture or film has the setting {key!r}; known here: {', '.join(known)}")
-    return {key: value for key, value in options.items() if value is not None}
-
-
 def picture_patches(
     picture: Image.Image, options: dict, images: ImageConfig, vision: VisionConfig
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Patches `(P, patch_dim)` and grid of one picture."""
-    options = check_options(options, LIMIT_OPTIONS + SIZE_OPTIONS)
     size = target_size((picture.height, picture.width), options, images, vision.cell)
     pixels = normalise(resize(picture, size, images.resample), images)  # (3, height, width)
     return patchify(pixels[None], vision.frames, vision.patch_size)
@@ -422,7 +405,6 @@ def film_patches(
 
     A size that was asked for is kept, within the limits of pictures.
     """
-    options = check_options(options, LIMIT_OPTIONS + SIZE_OPTIONS + ("fps",))
     frames = open_frames(film)
     if not any(key in options for key in SIZE_OPTIONS):
         options = film_limits(len(frames), options, images, vision) | options
@@ -443,64 +425,46 @@ def open_frames(film: object) -> list[Image.Image]:
     return frames
 
 
-class Processor:
+class Processor(BaseProcessor):
     """Conversations → `Inputs`."""
 
-    def __init__(self, config: Qwen2VLConfig, tokenizer: Tokenizer, template: ChatTemplate, images: ImageConfig):
-        self.config, self.tokenizer, self.template, self.images = config, tokenizer, template, images
+    Config, template_source = Qwen2VLConfig, TEMPLATE
+    picture_options = LIMIT_OPTIONS + SIZE_OPTIONS
+    film_options = LIMIT_OPTIONS + SIZE_OPTIONS + ("fps",)
 
     @classmethod
-    def from_folder(cls, folder: Path, config: dict) -> "Processor":
-        qwen = Qwen2VLConfig.from_hf(config)
-        v = qwen.vision
+    def read_images(cls, folder: Path, config: Qwen2VLConfig) -> ImageConfig:
+        v = config.vision
         defaults = {"patch_size": v.patch_size, "temporal_patch_size": v.frames, "merge_size": v.merge}
         settings = read_json(folder / "processor_config.json").get("image_processor")
         settings = settings or read_json(folder / "preprocessor_config.json")
-        return cls(
-            qwen,
-            Tokenizer.from_folder(folder),
-            ChatTemplate.from_folder(folder, default=TEMPLATE),
-            ImageConfig.from_hf(pixel_limits(settings), IMAGE_DEFAULTS | defaults),
-        )
+        return ImageConfig.from_hf(pixel_limits(settings), IMAGE_DEFAULTS | defaults)
 
-    def __call__(
-        self,
-        conversations: "list[list[dict] | Prompt]",
-        template_kwargs: dict | None = None,
-        images_kwargs: dict | None = None,
-        labels: bool = False,
-        add_generation_prompt: bool = True,
-    ) -> Inputs:
+    def override(self, images_kwargs: dict) -> ImageConfig:
+        images = self.images.override(pixel_limits(images_kwargs))
+        check_images(images, self.config.vision)
+        return images
+
+    def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
         config, vision = self.config, self.config.vision
-        images = self.images.override(pixel_limits(images_kwargs or {}))
-        check_images(images, vision)
-        rows = [
-            read(conversation, self.tokenizer, self.template, template_kwargs, add_generation_prompt, labels)
-            for conversation in conversations
-        ]
         pictures, films = [], []  # (patches, grid) each
-        names = {config.image_token_id: "pictures", config.video_token_id: "films"}
         for row in rows:
-            own = [
-                picture_patches(*given, images, vision)
-                for given in zip(row.pictures, row.picture_options, strict=True)
-            ]
-            own_films = [
-                film_patches(*given, images, vision) for given in zip(row.films, row.film_options, strict=True)
-            ]
-            counts = [[num_image_tokens(grid, vision.merge) for _, grid in some] for some in (own, own_films)]
-            expand(row, dict(zip(names, counts, strict=True)), names)
+            given = zip(row.pictures, row.picture_options, strict=True)
+            own = [picture_patches(picture, options, images, vision) for picture, options in given]
+            given = zip(row.films, row.film_options, strict=True)
+            own_films = [film_patches(film, options, images, vision) for film, options in given]
+            counts, film_counts = ([num_image_tokens(grid, vision.merge) for _, grid in x] for x in (own, own_films))
+            expand(row, {config.image_token_id: counts, config.video_token_id: film_counts})
             pictures += own
             films += own_films
-        inputs = collate(rows, self.tokenizer.pad_id, labels)
+        tensors = {}
         if pictures:
-            inputs.pixel_values = torch.cat([patches for patches, _ in pictures])
-            inputs.image_grid_thw = torch.tensor([grid for _, grid in pictures])
-            inputs.image_sizes = torch.tensor([(p.height, p.width) for row in rows for p in row.pictures])
+            tensors["pixel_values"] = torch.cat([patches for patches, _ in pictures])  # (P, patch_dim)
+            tensors["image_grid_thw"] = torch.tensor([grid for _, grid in pictures])
         if films:
-            inputs.pixel_values_videos = torch.cat([patches for patches, _ in films])
-            inputs.video_grid_thw = torch.tensor([grid for _, grid in films])
-        return inputs
+            tensors["pixel_values_videos"] = torch.cat([patches for patches, _ in films])
+            tensors["video_grid_thw"] = torch.tensor([grid for _, grid in films])
+        return tensors
 
 
 def check_images(images: ImageConfig, vision: VisionConfig):
