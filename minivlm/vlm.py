@@ -56,7 +56,7 @@ def load(
     device and can only be asked for shapes.
     """
     folder = resolve(name, revision, offline, weights=False)  # a look at the small files before a large download
-    config = read_config(folder)
+    config = read_config(folder, str(name))
     original, tower = None, None
     if not llava_original.is_original(config) and config["model_type"] not in MODULES:
         raise MinivlmError(f"{folder} is a {config['model_type']!r} model; minivlm knows {', '.join(MODULES)}")

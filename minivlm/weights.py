@@ -47,14 +47,18 @@ SHARD_BYTES = 5_000_000_000                         # largest file save_weights 
 PROGRESS_BYTES = 1_000_000_000                      # checkpoints from this size on show a progress bar
 SAVED = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 UNQUANTISED = "use the checkpoint that it was quantised from"
+QUANTISED = re.compile(r"-(AWQ|GPTQ(-Int[48])?)/?$", re.IGNORECASE)   # how the names of such repositories end
 NAMED = 5                                           # offending tensors an error spells out before it only counts
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 
-def read_config(folder: Path | str) -> dict:
-    """The folder's config.json, which must be that of an unquantised checkpoint in the hub's format."""
+def read_config(folder: Path | str, name: str = "") -> dict:
+    """The folder's config.json, which must be that of an unquantised checkpoint in the hub's format.
+
+    `name`: what the caller knows the folder by (a hub id), for the error that names a quantised one's twin.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise MinivlmError(f"{folder} is not a folder: give a checkpoint's folder, a hub id, or an alias (see --list)")
@@ -66,8 +70,19 @@ def read_config(folder: Path | str) -> dict:
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "quantised") if isinstance(quantised, dict) else "quantised"
-        raise MinivlmError(f"{folder} holds {_some([str(method)])} weights, which minivlm cannot read: {UNQUANTISED}")
+        twin = _unquantised(config, name or str(folder))
+        instead = f"{UNQUANTISED}, {twin}" if twin else UNQUANTISED
+        kind = _some([str(method)])
+        raise MinivlmError(f"{name or folder} holds {kind} weights, which minivlm cannot read: {instead}")
     return config
+
+
+def _unquantised(config: dict, name: str) -> str | None:
+    """What a quantised checkpoint was made from, if its config or its name tells."""
+    source = str(config.get("_name_or_path", ""))
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not QUANTISED.search(source):
+        return source
+    return QUANTISED.sub("", name) if QUANTISED.search(name) else None
 
 
 # ---- what lies on disk -----------------------------------------------------------------------------------------------

@@ -183,6 +183,22 @@ def test_read_config_errors(tmp_path, content, told):
     assert told in refusal(read_config, tmp_path)
 
 
+@pytest.mark.parametrize(("name", "config", "twin"), [
+    ("Qwen/Qwen2-VL-7B-Instruct-AWQ", {}, "Qwen/Qwen2-VL-7B-Instruct"),
+    ("Qwen/Qwen2-VL-2B-Instruct-GPTQ-Int4", {}, "Qwen/Qwen2-VL-2B-Instruct"),
+    ("Qwen/Qwen2-VL-2B-Instruct-GPTQ-Int8", {"_name_or_path": "/mnt/models/x"}, "Qwen/Qwen2-VL-2B-Instruct"),
+    ("my-qwen-awq/", {"_name_or_path": "Qwen/Qwen2-VL-7B-Instruct-AWQ"}, "my-qwen"),
+    ("somebody/small", {"_name_or_path": "Qwen/Qwen2-VL-7B-Instruct"}, "Qwen/Qwen2-VL-7B-Instruct"),
+    ("somebody/small", {}, None),
+])  # fmt: skip
+def test_quantised_checkpoint_names_its_twin(tmp_path, name, config, twin):
+    config |= {"model_type": "qwen2_vl", "quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = refusal(read_config, tmp_path, name)
+    assert name in told
+    assert told.endswith(f"quantised from, {twin}" if twin else "quantised from")
+
+
 def test_read_config_of_no_checkpoint(tmp_path):
     assert "not a folder" in refusal(read_config, tmp_path / "nowhere")
     assert "no config.json" in refusal(read_config, tmp_path)
