@@ -115,14 +115,22 @@ def arrange(
     every row of patches ends with `newline (D,)`, so that the language model can tell where a line ends, whatever the
     width. Returns `(num_image_tokens, D)`.
     """
-    overview, tiles = tiles[0], tiles[1:]
+    picture = join_tiles(tiles[1:], grid, size, round_first)  # (h, w, D)
+    return torch.cat([tiles[0], end_lines(picture, newline)])
+
+
+def join_tiles(tiles: Tensor, grid: tuple[int, int], size: tuple[int, int], round_first: bool) -> Tensor:
+    """`tiles (rows · columns, P, D)` as one picture of patches without its padding: `(h, w, D)`."""
     (rows, columns), D = grid, tiles.shape[-1]
     side = int(tiles.shape[1] ** 0.5)  # patches along a tile
     picture = tiles.view(rows, columns, side, side, D).transpose(1, 2).reshape(rows * side, columns * side, D)
     top, left, h, w = unpadded_grid(size, (rows * side, columns * side), round_first=round_first)
-    picture = picture[top : top + h, left : left + w]  # (h, w, D)
-    picture = torch.cat([picture, newline.expand(h, 1, D)], dim=1)  # (h, w + 1, D)
-    return torch.cat([overview, picture.flatten(0, 1)])
+    return picture[top : top + h, left : left + w]
+
+
+def end_lines(picture: Tensor, newline: Tensor) -> Tensor:
+    """`picture (h, w, D)` line by line, `newline (D,)` behind each: `(h · (w + 1), D)`."""
+    return torch.cat([picture, newline.expand(len(picture), 1, -1)], dim=1).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- the processor
