@@ -33,6 +33,7 @@ BOOKKEEPING = {
     "_valid_processor_keys", "_valid_kwargs_names", "input_data_format", "return_tensors", "device",
     "disable_grouping", "image_seq_length", "aspect_ratio_setting",
 }  # fmt: skip
+FILM_BOOKKEEPING = {"video_processor_type", "do_sample_frames", "return_metadata", "num_frames", "fps"}
 
 MAX_SIDE = 2**13  # pixels of a side in a config; the largest published is 2304, OneVision's 6 x 6 tiles
 
@@ -114,6 +115,20 @@ class ImageConfig:
         if self.crop_size:
             return self.crop_size[0]
         return self.size.height or self.size.shortest_edge
+
+
+def check_film_settings(folder: Path, images: ImageConfig):
+    """Refuses a folder whose settings for films are not those for pictures: frames are shown as pictures are.
+
+    transformers has processors of two kinds, and with them two sets of settings, which in every published folder agree.
+    How their processor for films chooses frames is no matter here: `videos.py` does that.
+    """
+    films = read_json(folder / "processor_config.json").get("video_processor")
+    if not isinstance(films, dict):
+        films = read_json(folder / "video_preprocessor_config.json")
+    films = images.override({key: value for key, value in films.items() if key not in FILM_BOOKKEEPING})
+    if replace(films, do_pad=images.do_pad) != images:
+        raise MinivlmError("this folder's image settings for films are not those for pictures: make them alike")
 
 
 FAMILY_FIELDS = {
