@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from lower floors; `ops`, `models` and `demo` are folders whose files share their floor.
 FLOORS = {
     "errors": 0, "files": 1,
-    "ops": 2, "open_image": 2, "image_config": 2, "console": 2, "chat_template": 2, "sentencepiece": 2,
-    "text_stream": 2,
-    "images": 3, "videos": 3, "text": 3, "layers": 3, "positions": 3, "cache": 3, "inputs": 3, "sampling": 3,
-    "decoder": 4, "vit": 4, "fuse": 4, "conversation": 4,
+    "ops": 2, "sources": 2, "image_config": 2, "console": 2, "chat_template": 2, "sentencepiece": 2, "text_stream": 2,
+    "open_image": 3, "open_film": 3, "images": 3, "text": 3, "layers": 3, "positions": 3, "cache": 3, "inputs": 3,
+    "sampling": 3,
+    "videos": 4, "decoder": 4, "vit": 4, "fuse": 4, "conversation": 4,
     "processor": 5,
     "models": 6,
     "hub": 7, "weights": 7, "generate": 7,

@@ -18,8 +18,9 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from minivlm import open_image as module
+from minivlm import sources
 from minivlm.errors import MinivlmError
-from minivlm.open_image import download, open_image
+from minivlm.open_image import open_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # (height, width, 3)
@@ -415,7 +416,7 @@ def test_open_image_stops_redirect_loops():
 
 
 def test_redirects_lead_up_to_https_and_never_down():
-    handler = module._Redirects()
+    handler = sources._Redirects()
     request = urllib.request.Request("http://host/a")
     assert handler.redirect_request(request, None, 302, "", {}, "https://host/a").full_url == "https://host/a"
     with pytest.raises(MinivlmError, match="from https to http"):
@@ -423,16 +424,18 @@ def test_redirects_lead_up_to_https_and_never_down():
 
 
 def test_download_has_a_size_limit(server, monkeypatch):
-    assert download(server + "/cat.png", len(Handler.png)) == Handler.png
+    file = io.BytesIO()
+    sources.download(server + "/cat.png", file, len(Handler.png), 60)
+    assert file.getvalue() == Handler.png
     with pytest.raises(MinivlmError, match="is larger than"):
-        download(server + "/cat.png", len(Handler.png) - 1)
+        sources.download(server + "/cat.png", io.BytesIO(), len(Handler.png) - 1, 60)
     monkeypatch.setattr(module, "MAX_BYTES", 10)
     assert "is larger than" in error_of(server + "/cat.png")
     assert "is larger than" in error_of("data:image/png;base64," + "A" * 100)
 
 
 def test_download_gives_up_on_slow_servers(server, monkeypatch):
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(sources, "SILENCE_SECONDS", 0.1)
     assert "timed out" in error_of(server + "/silent.png")
     monkeypatch.setattr(module, "URL_SECONDS", 0.2)
     assert "took longer than 0.2 seconds" in error_of(server + "/drip.png")

@@ -1,0 +1,254 @@
+"""A film's file → when each of its frames is shown, and those of its frames that are asked for.
+
+Adds to PyAV: exact frame numbers at the price of reading the file, not of decoding it. The file's packets (compressed
+frames, in decoding order) are listed first. In nearly every film one packet is one frame and carries the time at which
+it is shown, so that sorting these times numbers the frames; headers that claim a count or a rate are not trusted. A
+frame is then decoded from the last keyframe before it, and the rest of the film is not. Films whose packets do not tell
+are decoded from end to end, twice, one frame in memory at a time: once to count, once to take.
+
+Animated GIF, WebP and PNG are Pillow's. Does no sampling (videos.py), hears no sound, and leaves pixels that are not
+square as they are stored, as the reference does.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, dropwhile, groupby
+from typing import BinaryIO, NamedTuple
+
+import av
+from PIL import Image, ImageSequence
+from tqdm import tqdm
+
+from minivlm.console import note
+from minivlm.errors import MinivlmError
+from minivlm.files import one_line
+from minivlm.sources import BAR_SECONDS, describe
+
+# Containers that are opened: none that is a list of other files (HLS, concat), for those may lie anywhere. The sounds
+# are here so that it can be said what they are.
+FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,mjpeg,nut,mxf,wav,mp3,flac,aac"
+HIDES_FRAMES = ("vp8",)  # codecs with packets that are decoded and never shown
+STILL_SECONDS = 0.1  # that a frame of an animation is shown whose duration is 0, as browsers do
+
+TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+
+@dataclass(frozen=True)
+class Reel:
+    """A film before it is sampled."""
+
+    times: list[float]  # seconds from the first frame at which each frame is shown, ascending
+    fps: float | None  # frames per second, on average; None for a single frame that does not say
+    take: Callable[[list[int]], Iterator[Image.Image]]  # distinct ascending frame numbers → pictures; may raise Unsure
+
+
+class Unsure(Exception):
+    """A packet did not become the frame that it promised: open the film again, with `decode_all`."""
+
+
+def open_film(file: BinaryIO, name: str, head: bytes, decode_all: bool = False) -> Reel:
+    """`name`: for errors and notes. `head`: the first bytes. `decode_all`: number the frames by decoding every one.
+
+    Raises MinivlmError, one line, where there is no frame to be had. A film whose end is missing is used as far as it
+    goes, with a note on stderr.
+    """
+    if head.startswith((b"GIF8", b"\x89PNG")) or head[8:12] == b"WEBP":
+        return _open_animation(file, name)
+    try:
+        with _container(file) as container:
+            starts = _list_packets(container, _stream(container, name), name, decode_all)
+            reel = _read_frames(file, name) if starts is None else _index(file, container, starts)
+    except av.FFmpegError as error:
+        raise MinivlmError(_complaint(name, head, error)) from error
+    if not reel.times:
+        raise MinivlmError(f"{name} has no frame that can be decoded: it is empty, damaged or cut off")
+    return reel
+
+
+def _container(file: BinaryIO):
+    file.seek(0)
+    return av.open(file, metadata_errors="replace", options={"format_whitelist": FORMATS})
+
+
+def _stream(container, name: str = ""):
+    """The first stream of pictures that is no cover of an album."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            stream.thread_type = "AUTO"
+            return stream
+    raise MinivlmError(f"{name} has no pictures in it, only {'sound' if container.streams.audio else 'other data'}")
+
+
+def _complaint(name: str, head: bytes, error: av.FFmpegError) -> str:
+    what = describe(head).replace("damaged ", "")
+    if "film" in what:
+        return f"{name} is {what}, but damaged or cut off ({one_line(error.strerror)}): fetch it again"
+    return f"{name} is not a film that can be opened: it looks like {what}"
+
+
+def _picture(frame: av.VideoFrame) -> Image.Image:
+    """RGB, turned as the film says (telephones film upright by a note in the file)."""
+    picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    turn = TURNS.get(round(frame.rotation) % 360)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _rate(stream, times: list[float]) -> float | None:
+    """The rate that the file declares, unless the times of its frames say something else."""
+    declared = float(stream.average_rate or 0) or None
+    if len(times) < 2:
+        return declared
+    measured = (len(times) - 1) / (times[-1] - times[0])
+    return declared if declared and abs(declared / measured - 1) < 0.05 else measured
+
+
+# ---- numbering frames by their packets
+
+
+class _Key(NamedTuple):
+    """A keyframe: decoding can begin here."""
+
+    pts: int  # when it is shown, in the stream's time base
+    seek: int  # where to jump to, the same or a little before: demuxers seek by decoding times
+
+
+def _list_packets(container, stream, name: str, decode_all: bool) -> dict[int, _Key] | None:
+    """Time of each shown frame → the keyframe to decode it from; None where the packets do not tell.
+
+    Reads the whole file, its sound too, and notes on stderr if that ends before the time that the header promises.
+    """
+    starts: dict[int, _Key] | None = None if decode_all or stream.codec_context.name in HIDES_FRAMES else {}
+    key = earlier = None
+    end = 0.0  # seconds
+    for packet in watched(_until_damage(container.demux()), "reading the film"):
+        if packet.pts is None:
+            if packet.stream is stream and packet.size:
+                starts = None
+            continue
+        end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is not stream or starts is None:
+            continue
+        if packet.is_keyframe:
+            earlier, key = key, _Key(packet.pts, packet.pts if packet.dts is None else min(packet.dts, packet.pts))
+        start = key if key and packet.pts >= key.pts else earlier  # a B-frame may be shown before its keyframe
+        if start is None or packet.is_discard:
+            continue
+        if packet.pts in starts:
+            starts = None
+        else:
+            starts[packet.pts] = start
+    promised = ((container.start_time or 0) + (container.duration or 0)) / av.time_base
+    if not decode_all and promised - end > max(0.5, 0.02 * promised) and end:
+        note(f"{name} is cut off: {end:.1f} of its {promised:.1f} seconds are there, and are used")
+    return starts
+
+
+def _index(file: BinaryIO, container, starts: dict[int, _Key]) -> Reel:
+    stream = _stream(container)
+    order = sorted(starts)
+    times = [float((pts - order[0]) * stream.time_base) for pts in order]
+
+    def take(indices: list[int]) -> Iterator[Image.Image]:
+        with _container(file) as container:
+            stream = _stream(container)
+            for key, group in groupby((order[index] for index in indices), key=starts.get):
+                yield from _decode_from(container, stream, key, list(group))
+
+    return Reel(times, _rate(stream, times), take)
+
+
+def _decode_from(container, stream, key: _Key, wanted: list[int]) -> Iterator[Image.Image]:
+    """The frames shown at the times `wanted`, ascending."""
+    waiting = iter(wanted)
+    pts = next(waiting)
+    try:
+        container.seek(key.seek, stream=stream)
+        packets = dropwhile(lambda packet: packet.pts != key.pts, container.demux(stream))
+        for frame in chain.from_iterable(packet.decode() for packet in packets):
+            if frame.pts is None or frame.pts > pts:
+                break
+            if frame.pts == pts:
+                yield _picture(frame)
+                pts = next(waiting, None)
+                if pts is None:
+                    return
+    except av.FFmpegError as error:
+        raise Unsure from error
+    raise Unsure
+
+
+# ---- numbering frames by decoding them
+
+
+def _read_frames(file: BinaryIO, name: str) -> Reel:
+    damaged = []
+    times = [frame.time for frame in watched(_every_frame(file, damaged), "counting frames")]
+    if damaged:
+        note(f"{name} is damaged: {len(damaged)} of its packets cannot be decoded, and are left out")
+    with _container(file) as container:
+        stream = _stream(container)
+        told = None not in times and all(a < b for a, b in zip(times, times[1:], strict=False))
+        if told:
+            times = [time - times[0] for time in times]
+        else:
+            rate = float(stream.average_rate or stream.base_rate or 25)
+            times = [number / rate for number in range(len(times))]
+
+        def take(indices: list[int]) -> Iterator[Image.Image]:
+            waiting = iter(indices)
+            index = next(waiting)
+            for number, frame in enumerate(_every_frame(file, [])):
+                if number == index:
+                    yield _picture(frame)
+                    index = next(waiting, None)
+                    if index is None:
+                        return
+
+        return Reel(times, _rate(stream, times), take)
+
+
+def _every_frame(file: BinaryIO, damaged: list) -> Iterator[av.VideoFrame]:
+    """Appends to `damaged` for every packet that cannot be decoded."""
+    with _container(file) as container:
+        for packet in _until_damage(container.demux(_stream(container))):
+            try:
+                yield from packet.decode()
+            except av.FFmpegError as error:
+                damaged.append(error)
+
+
+def _until_damage(packets: Iterator) -> Iterator:
+    """A file that is cut off may end in an error: what comes before is good."""
+    try:
+        yield from packets
+    except av.FFmpegError:
+        return
+
+
+def watched(items: Iterator, what: str, total: int | None = None) -> Iterator:
+    """A progress bar on stderr, if this takes long."""
+    return tqdm(items, what, total, unit="", leave=False, delay=BAR_SECONDS)
+
+
+# ---- animated pictures
+
+
+def _open_animation(file: BinaryIO, name: str) -> Reel:
+    try:
+        image = Image.open(file, formats=("GIF", "WEBP", "PNG"))
+        seconds = []
+        for frame in ImageSequence.Iterator(image):
+            frame.load()  # a WebP's duration is known only then
+            seconds.append(frame.info.get("duration", 0) / 1000 or STILL_SECONDS)
+    except Exception as error:  # Pillow's decoders raise nearly any exception on a damaged file
+        raise MinivlmError(f"{name} is damaged or cut off: {one_line(error) or type(error).__name__}") from error
+    if image.format == "PNG" and len(seconds) == 1:
+        raise MinivlmError(f"{name} is a picture, not a film: give it as an image")
+    times = [sum(seconds[:number]) for number in range(len(seconds))]
+
+    def take(indices: list[int]) -> Iterator[Image.Image]:
+        for index in indices:
+            image.seek(index)
+            yield image.copy()
+
+    return Reel(times, len(seconds) / sum(seconds), take)
