@@ -16,6 +16,7 @@ from itertools import chain, dropwhile, groupby
 from typing import BinaryIO, NamedTuple
 
 import av
+import numpy as np
 from PIL import Image, ImageSequence
 from tqdm import tqdm
 
@@ -28,9 +29,18 @@ from minivlm.sources import BAR_SECONDS, describe
 # are here so that it can be said what they are.
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,mjpeg,nut,mxf,wav,mp3,flac,aac"
 HIDES_FRAMES = ("vp8",)  # codecs with packets that are decoded and never shown
-STILL_SECONDS = 0.1  # that a frame of an animation is shown whose duration is 0, as browsers do
+STILL_MILLISECONDS = 100  # that a frame of an animation is shown whose duration is 0, as browsers do
 
-TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+# Display matrix (a, b, c, d), signs only, which shows the pixel (x, y) at (a x + c y, b x + d y), y downwards.
+TURNS = {
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ def open_film(file: BinaryIO, name: str, head: bytes, decode_all: bool = False) 
         with _container(file) as container:
             starts = _list_packets(container, _stream(container, name), name, decode_all)
             reel = _read_frames(file, name) if starts is None else _index(file, container, starts)
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         raise MinivlmError(_complaint(name, head, error)) from error
     if not reel.times:
         raise MinivlmError(f"{name} has no frame that can be decoded: it is empty, damaged or cut off")
@@ -79,7 +89,7 @@ def _stream(container, name: str = ""):
     raise MinivlmError(f"{name} has no pictures in it, only {'sound' if container.streams.audio else 'other data'}")
 
 
-def _complaint(name: str, head: bytes, error: av.FFmpegError) -> str:
+def _complaint(name: str, head: bytes, error: av.FFmpegError | OSError) -> str:
     what = describe(head).replace("damaged ", "")
     if "film" in what:
         return f"{name} is {what}, but damaged or cut off ({one_line(error.strerror)}): fetch it again"
@@ -89,7 +99,11 @@ def _complaint(name: str, head: bytes, error: av.FFmpegError) -> str:
 def _picture(frame: av.VideoFrame) -> Image.Image:
     """RGB, turned as the film says (telephones film upright by a note in the file)."""
     picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    turn = TURNS.get(round(frame.rotation) % 360)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    a, b, _, c, d = np.sign(np.frombuffer(matrix, np.int32)[:5]).tolist()
+    turn = TURNS.get((a, b, c, d))
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -236,19 +250,18 @@ def watched(items: Iterator, what: str, total: int | None = None) -> Iterator:
 def _open_animation(file: BinaryIO, name: str) -> Reel:
     try:
         image = Image.open(file, formats=("GIF", "WEBP", "PNG"))
-        seconds = []
+        ends = [0]  # milliseconds
         for frame in ImageSequence.Iterator(image):
             frame.load()  # a WebP's duration is known only then
-            seconds.append(frame.info.get("duration", 0) / 1000 or STILL_SECONDS)
+            ends.append(ends[-1] + (frame.info.get("duration", 0) or STILL_MILLISECONDS))
     except Exception as error:  # Pillow's decoders raise nearly any exception on a damaged file
         raise MinivlmError(f"{name} is damaged or cut off: {one_line(error) or type(error).__name__}") from error
-    if image.format == "PNG" and len(seconds) == 1:
+    if image.format == "PNG" and len(ends) == 2:
         raise MinivlmError(f"{name} is a picture, not a film: give it as an image")
-    times = [sum(seconds[:number]) for number in range(len(seconds))]
 
     def take(indices: list[int]) -> Iterator[Image.Image]:
         for index in indices:
             image.seek(index)
             yield image.copy()
 
-    return Reel(times, len(seconds) / sum(seconds), take)
+    return Reel([end / 1000 for end in ends[:-1]], 1000 * (len(ends) - 1) / ends[-1], take)

@@ -118,9 +118,8 @@ def _film(
     start, end = options.get("video_start", 0), options.get("video_end", math.inf)
     first, after = bisect_left(reel.times, start), bisect_right(reel.times, end)
     if first >= after:
-        raise MinivlmError(
-            f"{name} has no frame between {start:g} and {end:g} s: its last is shown at {reel.times[-1]:g} s"
-        )
+        until = "" if end == math.inf else f" until {end:g} s"
+        raise MinivlmError(f"{name} has no frame from {start:g} s{until}: its last is shown at {reel.times[-1]:g} s")
     picked = sample(after - first, reel.fps, options, rule, name)
     indices = [first + number for number in picked]
     distinct = sorted(set(indices))
@@ -138,8 +137,8 @@ def _film(
 def sample(n: int, source_fps: float | None, options: dict, rule: FilmRule, name: str = "the film") -> list[int]:
     """Which of `n` frames are taken, ascending.
 
-    "arange" takes frame ⌊i · n / k⌋, i < k: transformers' `int(arange(0, n, n / k))` without the rounding that sometimes
-    makes k + 1 frames of it, the last of which does not exist. "linspace" takes the first, the last and k - 2 between,
+    "arange" takes frame ⌊i · n / k⌋, i < k: transformers' `int(arange(0, n, n / k))` without the rounding that can
+    make k + 1 frames of it, the last of which does not exist. "linspace" takes the first, the last and k - 2 between,
     and repeats frames where there are fewer than k. Both go by number, as in the reference, even where a film's rate
     varies.
     """
@@ -155,7 +154,7 @@ def _num_sampled(n: int, source_fps: float | None, options: dict, rule: FilmRule
     wanted = options.get("num_frames", None if "fps" in options else rule.num_frames)
     if wanted is not None:
         if "num_frames" in options and wanted > n and not repeats:
-            raise MinivlmError(f"{name} has {n} frames to take, and {wanted:g} were asked for: ask for at most {n}")
+            raise MinivlmError(f"{wanted:g} frames were asked for of {name}, which has {n} there: ask for no more")
         k = max(round(wanted / rule.multiple_of), 1) * rule.multiple_of
         return k if repeats else min(k, n)
     fps = options.get("fps", rule.fps)

@@ -29,5 +29,5 @@ def test_open_video_takes_an_array_as_it_is():
 
 
 def test_open_video_refuses_more_frames_than_there_are():
-    with pytest.raises(MinivlmError, match="has 12 frames to take, and 13 were asked for"):
+    with pytest.raises(MinivlmError, match="13 frames were asked for of the film, which has 12"):
         open_video(ARRAY, {"num_frames": 13}, FilmRule())
