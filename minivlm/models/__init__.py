@@ -2,6 +2,7 @@
 
 MODULES = {
     "llava": "minivlm.models.llava",
+    "video_llava": "minivlm.models.video_llava",
     "llava_next": "minivlm.models.llava_next",
     "qwen2_vl": "minivlm.models.qwen2_vl",
     "mllama": "minivlm.models.mllama",

@@ -1,0 +1,193 @@
+"""Video-LLaVA (Lin et al. 2023, "Learning United Visual Representation by Alignment Before Projection",
+arXiv:2311.10122).
+
+LLaVA-1.5 that also watches films, with hardly anything new: a film is 8 frames, a frame is a picture, and a language
+model reads frame after frame as it reads words. What makes one projector enough for both is the towers: LanguageBind
+trained the two so that a picture and a film of the same thing lie close together, *before* any projector saw them.
+
+| | LLaVA-1.5 (`llava.py`) | Video-LLaVA |
+|---|---|---|
+| towers | one CLIP-L/14 at 336 pixels | two at 224, of one shape: one for pictures, one for frames |
+| placeholders | `<image>` | `<image>` and `<video>` |
+| a picture | (336 / 14)² = 576 tokens | (224 / 14)² = 256 |
+| a film | – | a frame has 256 tokens and the class token, in front: 8 · 257 = 2056 |
+
+    pictures → image tower, second-last layer, without class token → (256, 1024) ┐
+                                                                                 ├→ projector → decoder
+    frames   → video tower, second-last layer, with class token    → (257, 1024) ┘
+
+That frames keep their class token is how the model was trained, whatever `vision_feature_select_strategy` says, which
+speaks of pictures. Nothing tells frames apart but their order; no layer mixes them before the decoder.
+
+Sections: configuration, the model, the processor.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minivlm.console import note
+from minivlm.conversation import Row, expand
+from minivlm.decoder import Decoder
+from minivlm.fuse import BaseModel, embed
+from minivlm.image_config import ImageConfig, check_film_settings
+from minivlm.images import to_pixels
+from minivlm.inputs import Inputs
+from minivlm.models import llava
+from minivlm.models.llava import CLIP_LARGE, LlavaConfig, image_defaults, make_projector
+from minivlm.processor import BaseProcessor
+from minivlm.videos import FILM_OPTIONS, FilmRule, open_video
+from minivlm.vit import ViT, num_features, of_tower_size
+
+KEYS = {
+    "language_model": llava.KEYS["language_model"],
+    "language_model.lm_head": llava.KEYS["language_model.lm_head"],
+    "image_tower": (
+        "image_tower.vision_model",
+        "image_tower",
+        "model.image_tower.vision_model",
+        "model.image_tower",
+    ),
+    "video_tower": (
+        "video_tower.vision_model",
+        "video_tower",
+        "model.video_tower.vision_model",
+        "model.video_tower",
+    ),
+    "multi_modal_projector": llava.KEYS["multi_modal_projector"],
+}
+
+# The towers of a config.json without a `vision_config`. Source: transformers' VideoLlavaConfig.
+TOWER = CLIP_LARGE | {"image_size": 224}
+
+NUM_FRAMES = 8  # of every film that the published model has seen
+
+# For folders without a chat template: pictures first, then films, then text; a system message stands as it is.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content[0].text }}"
+    "{% else %}{{ message.role | upper }}: "
+    "{% for part in message.content if part.type == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message.content if part.type == 'video' %}<video>\n{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ part.text }} {% endgeneration %}"
+    "{% else %}{{ part.text }} {% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class VideoLlavaConfig:
+    llava: LlavaConfig  # `drop_class_token` concerns pictures alone
+    video_token_id: int
+    frame_spacing: str  # how a film's frames are chosen, see videos.py; the original does it otherwise
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "VideoLlavaConfig":
+        vision = config.get("vision_config")
+        base = LlavaConfig.from_hf(config | {"vision_config": TOWER if vision is None else vision})
+        video_token_id = config.get("video_token_index", config.get("video_token_id", 32001))
+        return cls(base, video_token_id, config.get("frame_spacing", "arange"))
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+class Model(BaseModel):
+    def __init__(self, config: VideoLlavaConfig):
+        super().__init__()
+        self.config = config
+        self.image_tower = ViT(config.llava.vision)
+        self.video_tower = ViT(config.llava.vision)
+        self.multi_modal_projector = make_projector(config.llava)
+        self.language_model = Decoder(config.llava.text)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Model":
+        return cls(VideoLlavaConfig.from_hf(config))
+
+    def encode_images(self, inputs: Inputs) -> Tensor:
+        """`pixel_values (N, 3, height, width)` → tokens of the pictures `(N · 256, D)`."""
+        c = self.config.llava
+        features = self.image_tower(inputs.pixel_values, c.feature_layers, c.drop_class_token)  # (N, 256, 1024)
+        return self.multi_modal_projector(features).flatten(0, 1)  # (N · 256, D)
+
+    def encode_videos(self, inputs: Inputs) -> Tensor:
+        """`pixel_values_videos (I, 3, height, width)`, the frames of one film after another → `(I · 257, D)`."""
+        layers = self.config.llava.feature_layers
+        features = self.video_tower(inputs.pixel_values_videos, layers, drop_class_token=False)  # (I, 257, 1024)
+        return self.multi_modal_projector(features).flatten(0, 1)  # (I · 257, D)
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """Token embeddings `(B, T, D)`, with the tokens of pictures and films in the places of their placeholders."""
+        seen = {
+            self.config.llava.image_token_id: None if inputs.pixel_values is None else self.encode_images(inputs),
+            self.config.video_token_id: None if inputs.pixel_values_videos is None else self.encode_videos(inputs),
+        }
+        return embed(self.language_model.embed_tokens, inputs.input_ids, seen)
+
+
+# ------------------------------------------------------------------------------------------------------- the processor
+
+
+def num_image_tokens(config: VideoLlavaConfig) -> int:
+    """Tokens of one picture: 256 at the published size, whatever the picture's own size."""
+    return num_features(config.llava.vision, config.llava.drop_class_token)
+
+
+def num_video_tokens(config: VideoLlavaConfig, num_frames: int) -> int:
+    """Tokens of one film: 257 for each frame at the published size."""
+    return num_frames * num_features(config.llava.vision, drop_class_token=False)
+
+
+class Processor(BaseProcessor):
+    """Conversations → `Inputs`."""
+
+    Config, template_source = VideoLlavaConfig, TEMPLATE
+    film_options = FILM_OPTIONS
+
+    @classmethod
+    def read_images(cls, folder: Path, config: VideoLlavaConfig) -> ImageConfig:
+        images = ImageConfig.from_folder(folder, image_defaults(config.llava))
+        check_film_settings(folder, images)
+        return images
+
+    def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
+        c, tensors = self.config, {}
+        rule = FilmRule(num_frames=NUM_FRAMES, spacing=c.frame_spacing)
+        films = []  # (frames, 3, 224, 224) each
+        for row in rows:
+            given = zip(row.films, row.film_options, strict=True)
+            own = [self.look(open_video(film, options, rule).frames, images) for film, options in given]
+            counts = [num_image_tokens(c)] * len(row.pictures)
+            film_counts = [num_video_tokens(c, len(film)) for film in own]
+            expand(row, {c.llava.image_token_id: counts, c.video_token_id: film_counts})
+            films += own
+        pictures = [picture for row in rows for picture in row.pictures]
+        if pictures:
+            tensors["pixel_values"] = self.look(pictures, images)
+        if films:
+            tensors["pixel_values_videos"] = torch.cat(films)
+            tensors["video_sizes"] = torch.tensor([len(film) for film in films])
+            if any(len(film) != NUM_FRAMES for film in films):
+                tell_of_frames()
+        return tensors
+
+    def look(self, pictures: list[Image.Image], images: ImageConfig) -> Tensor:
+        """Pictures, or the frames of a film, → `(N, 3, 224, 224)`. Frames are resized by Pillow, as pictures are."""
+        pixels = torch.stack([to_pixels(picture, images) for picture in pictures])
+        return of_tower_size(pixels, self.config.llava.vision.image_size)
+
+
+@cache
+def tell_of_frames():
+    """Once: a batch has many films, and a conversation many turns."""
+    note(f"Video-LLaVA has learned from films of {NUM_FRAMES} frames; with another number it may understand less")
