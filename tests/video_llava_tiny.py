@@ -17,9 +17,9 @@ from minivlm.image_config import CLIP_MEAN, CLIP_STD
 
 CONFIG = {
     "architectures": ["VideoLlavaForConditionalGeneration"], "model_type": "video_llava",
-    "text_config": tiny.TEXTS["llama"], "vision_config": tiny.CLIP, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default", "torch_dtype": "bfloat16", "ignore_index": -100,
-    "image_seq_length": 25, "video_seq_length": 208,
+    "text_config": tiny.TEXTS["llama"], "vision_config": tiny.CLIP, "projector_hidden_act": "gelu",
+    "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "torch_dtype": "bfloat16",
+    "ignore_index": -100, "image_seq_length": 25, "video_seq_length": 208,
 }  # fmt: skip
 PREPROCESSOR = {
     "crop_size": {"height": 40, "width": 40}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,
