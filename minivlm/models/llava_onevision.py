@@ -68,8 +68,8 @@ TEMPLATE = (
     "{% for part in message.content if part.type == 'image' %}<image>{% endfor %}"
     "{% for part in message.content if part.type == 'video' %}<video>{% endfor %}"
     "{% for part in message.content if part.type == 'text' %}"
-    "{% if message.role == 'assistant' %}{% generation %}\n{{ part.text }}{% endgeneration %}"
-    "{% else %}\n{{ part.text }}{% endif %}{% endfor %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ '\\n' + part.text }}{% endgeneration %}"
+    "{% else %}{{ '\\n' + part.text }}{% endif %}{% endfor %}"
     "<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

@@ -1,0 +1,160 @@
+"""Tiny LLaVA-OneVision checkpoints with their oracle, and films for them."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import tiny
+import tokenizers_tiny
+import torch
+import transformers
+from tiny import load, picture
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+# 43 pixels a tile, 5 patches a side: an odd number, as the published 27.
+PINPOINTS = [[43 * rows, 43 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+CONFIG = {
+    "architectures": ["LlavaOnevisionForConditionalGeneration"], "model_type": "llava_onevision",
+    "projector_hidden_act": "gelu", "image_grid_pinpoints": PINPOINTS, "vision_config": tiny.SIGLIP,
+    "vision_feature_layer": -1, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+    "use_image_newline_parameter": True, "torch_dtype": "float16", "ignore_index": -100,
+}  # fmt: skip
+QWEN = tiny.TEXTS["qwen2"] | {"use_sliding_window": False}
+KINDS = {  # what the published files vary, and what they might
+    "0.5b": {"tie_word_embeddings": True, "text_config": QWEN | {"tie_word_embeddings": True}},
+    "7b": {"tie_word_embeddings": False, "text_config": QWEN},
+    "several layers, other numbers": {
+        "vision_feature_layer": [-2, -1], "vision_aspect_ratio": "anyres_max_3", "multimodal_projector_bias": False,
+        "projector_hidden_act": "relu", "text_config": QWEN,
+    },
+}  # fmt: skip
+# Not 0.5 for all three, as published: another number for each colour shows more.
+PIXELS = {
+    "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3,
+    "image_mean": [0.5, 0.45, 0.4], "image_std": [0.5, 0.6, 0.4], "rescale_factor": 1 / 255,
+    "size": {"height": 43, "width": 43},
+}  # fmt: skip
+PREPROCESSOR = PIXELS | {
+    "do_pad": True, "image_grid_pinpoints": PINPOINTS, "image_processor_type": "LlavaOnevisionImageProcessor",
+    "processor_class": "LlavaOnevisionProcessor",
+}  # fmt: skip
+VIDEO_PREPROCESSOR = PIXELS | {
+    "processor_class": "LlavaOnevisionProcessor", "video_processor_type": "LlavaOnevisionVideoProcessor"
+}  # fmt: skip
+TEMPLATE = tokenizers_tiny.TEMPLATES["onevision"]
+
+
+class Frames:
+    """Stands in for their video processor, which needs torchvision: every frame through SigLIP's PIL processor.
+
+    Theirs differs by up to two grey levels of 255, because it does not resize with Pillow:
+    fixtures/llava_onevision_videos/.
+    """
+
+    def __init__(self):
+        self.images = SiglipImageProcessorPil(**PIXELS)
+
+    def __call__(self, videos, **_):
+        films = [self.images(list(film), return_tensors="np")["pixel_values"] for film in videos]
+        return {"pixel_values_videos": torch.tensor(np.stack(films))}  # (films, frames, 3, height, width)
+
+
+class TheirProcessor(LlavaOnevisionProcessor):
+    """Theirs, which by itself would import torchvision only to see that it is given its own classes."""
+
+    def check_argument_for_proper_class(self, *_):
+        pass
+
+    def save_pretrained(self, folder):
+        """As transformers 5 writes it: all settings in one file."""
+        self.tokenizer.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        films = VIDEO_PREPROCESSOR | {"do_sample_frames": False, "return_metadata": False}
+        settings = {"image_processor": self.image_processor.to_dict(), "video_processor": films}
+        tiny.write_json(folder / "processor_config.json", settings)
+
+
+def make(folder, kind):
+    """A checkpoint in the hub's layout, and its oracle."""
+    folder.mkdir(parents=True)
+    tokenizer = tokenizers_tiny.qwen2(added=("<image>", "<video>"))
+    tokenizers_tiny.save(tokenizer, folder, "qwen2", TEMPLATE)
+    config = CONFIG | KINDS[kind]
+    config |= {f"{name}_token_index": tokenizer.token_to_id(f"<{name}>") for name in ("image", "video")}
+    config["text_config"] = config["text_config"] | {"vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
+    theirs = tiny.build(config)
+    tiny.save_tensors(tiny.tensors_of(theirs), folder)
+    counts = {
+        "num_image_tokens": 25, "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": config["vision_aspect_ratio"],
+    }  # fmt: skip
+    for name, content in {
+        "config.json": config, "preprocessor_config.json": PREPROCESSOR, "processor_config.json": counts,
+        "video_preprocessor_config.json": VIDEO_PREPROCESSOR,
+    }.items():  # fmt: skip
+        tiny.write_json(folder / name, content)
+    images = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+    tokens = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    processor = TheirProcessor(images, tokens, Frames(), chat_template=TEMPLATE, **counts)
+    return tiny.Checkpoint(folder, theirs, processor)
+
+
+_ROOM = TemporaryDirectory()
+
+
+def opened(kind="0.5b"):
+    """(checkpoint, ours) of one of KINDS."""
+    return _opened(kind)
+
+
+@cache
+def _opened(kind):
+    checkpoint = make(Path(_ROOM.name, kind), kind)
+    return checkpoint, load(checkpoint.folder)
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def film(num_frames, height=47, width=91, seed=0):
+    return [picture(height, width, seed * 100 + i) for i in range(num_frames)]
+
+
+def turn(role, *parts):
+    """A message; pictures are PIL, films are lists of them, all else is text."""
+    kinds = {list: "video", str: "text"}
+    parts = [(kinds.get(type(part), "image"), part) for part in parts]
+    return {"role": role, "content": [{"type": kind, kind: part} for kind, part in parts]}
+
+
+def media(conversation, kind):
+    return [part[kind] for message in conversation for part in message["content"] if part["type"] == kind]
+
+
+def their_inputs(processor, conversations):
+    """What their processor makes of a batch, nested as `apply_chat_template` does it. Films of one length only."""
+    texts = [processor.apply_chat_template(c, add_generation_prompt=True) for c in conversations]
+    images = [media(c, "image") for c in conversations]
+    videos = [np.stack([np.asarray(frame) for frame in film]) for c in conversations for film in media(c, "video")]
+    return processor(
+        text=texts, images=images if any(images) else None, videos=videos or None, padding=True, padding_side="left",
+        return_tensors="pt",
+    )  # fmt: skip
+
+
+# --- what the fixture holds -------------------------------------------------------------------------------------------
+
+STORED = {
+    **{f"{n} frames": [[turn("user", film(n, *size), "What?")]] for n, size in
+       {1: (47, 91), 5: (60, 40), 8: (43, 43), 13: (97, 64), 24: (30, 25)}.items()},
+    "two films": [[turn("user", film(5, 30, 50, 1), film(5, 30, 50, 2), "Both?")]],
+    "batch": [
+        [turn("user", picture(100, 300), film(3, 43, 43), "And?")], [turn("user", "Hi")],
+        [turn("user", film(3, 43, 43, 1), "Where?"), turn("assistant", "Here."),
+         turn("user", film(3, 43, 43, 2), "So?")],
+        [turn("user", picture(60, 40), "A picture."), turn("assistant", "Yes."), turn("user", picture(9, 9), "Both?")],
+    ],
+}  # fmt: skip

@@ -1,0 +1,161 @@
+"""LLaVA-OneVision's folders: every key layout, sparse configs, settings for pictures and films, what is refused."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from onevision_tiny import VIDEO_PREPROCESSOR, film, opened, their_inputs, turn
+from tiny import close, in_layout, load, our_logits, picture, their_logits
+from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
+
+import minivlm
+from minivlm import MinivlmError
+from minivlm.image_config import CLIP_MEAN
+from minivlm.models.llava_onevision import PINPOINTS, LlavaOnevisionConfig
+
+TALKS = [
+    [turn("user", picture(60, 100), film(2), "What is this?")],
+    [turn("user", picture(40, 40, 1), picture(90, 77, 2), "Compare."), turn("assistant", "Yes.")],
+]
+
+
+def reload(folder):
+    return LlavaOnevisionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", tiny.FOLDERS)
+@pytest.mark.parametrize("kind", ["0.5b", "7b"])
+def test_every_key_layout_gives_the_same_logits(tmp_path, kind, layout):
+    checkpoint, vlm = opened(kind)
+    other = load(in_layout(checkpoint, layout, tmp_path / "other"))
+    assert torch.equal(our_logits(other, other.preprocess(TALKS)), our_logits(vlm, vlm.preprocess(TALKS)))
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_transformers_reads_the_layouts_that_these_tests_write(tmp_path, layout):
+    checkpoint, _ = opened()
+    theirs = their_inputs(checkpoint.processor, TALKS)
+    again = reload(in_layout(checkpoint, layout, tmp_path / "other"))
+    assert close(their_logits(again, theirs), their_logits(checkpoint.theirs, theirs))
+
+
+@pytest.mark.parametrize("kind", ["0.5b", "7b"])
+def test_transformers_reads_what_we_save(tmp_path, kind):
+    checkpoint, vlm = opened(kind)
+    vlm.save(tmp_path / "saved")
+    theirs = their_inputs(checkpoint.processor, TALKS)
+    assert close(their_logits(reload(tmp_path / "saved"), theirs), their_logits(checkpoint.theirs, theirs), atol=1e-6)
+    assert our_logits(load(tmp_path / "saved"), vlm.preprocess(TALKS)).equal(our_logits(vlm, vlm.preprocess(TALKS)))
+
+
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+@pytest.mark.parametrize("tensor", ["image_newline", "vision_tower.encoder.layers.3.mlp.fc2.bias"])
+def test_a_tensor_that_is_missing_misshapen_or_too_many_is_named(tmp_path, layout, tensor):
+    """A tower of one layer more than the config says, as SigLIP itself has, is one too many."""
+    checkpoint, _ = opened()
+    folder = tiny.variant(checkpoint.folder, tmp_path / "damaged", drop=["*.safetensors"])
+    tensors = tiny.tensors_of(checkpoint.theirs, layout)
+    harmed = tensors.pop(name := tiny.rename(f"model.{tensor}", layout))
+    more = name.replace("layers.3", "layers.4") if "layers" in name else name + "s"
+    for damage in ({}, {name: harmed[:5].clone()}, {name: harmed, more: harmed.clone()}):
+        tiny.save_tensors(tensors | damage, folder)
+        with pytest.raises(MinivlmError, match=more if more in damage else name.rpartition(".")[2]):
+            load(folder)
+
+
+def test_text_alone_needs_no_vision_weights(tmp_path):
+    checkpoint, vlm = opened()
+    folder = tiny.variant(checkpoint.folder, tmp_path / "blind", drop=["*.safetensors"])
+    kept = {k: v for k, v in tiny.tensors_of(checkpoint.theirs).items() if k.startswith("language_model")}
+    tiny.save_tensors(kept, folder)
+    blind = minivlm.load(folder, device="cpu", dtype="float32", vision=False)
+    words = [[turn("user", "Hello!")]]
+    assert torch.equal(our_logits(blind, blind.preprocess(words)), our_logits(vlm, vlm.preprocess(words)))
+    for seen in (film(1), picture(9, 9)):
+        with pytest.raises(MinivlmError, match="vision=False"):
+            blind.preprocess([[turn("user", seen, "What?")]])
+
+
+def test_a_folder_without_a_template_gets_the_published_one(tmp_path):
+    checkpoint, vlm = opened()
+    other = load(tiny.variant(checkpoint.folder, tmp_path / "bare", drop=["chat_template*"]))
+    talks = [[turn("system", "Be brief."), *TALKS[0]], *TALKS]
+    for labels in (False, True):
+        ours, wanted = other.preprocess(talks, labels=labels), vlm.preprocess(talks, labels=labels)
+        assert torch.equal(ours.input_ids, wanted.input_ids)
+        assert not labels or torch.equal(ours.labels, wanted.labels) and (ours.labels >= 0).any()
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [{}, {"tie_word_embeddings": True}, {"model_type": "llama"}], ids=str)
+@pytest.mark.parametrize("vision", [None, {}, {"model_type": "siglip_vision_model"}, {"num_hidden_layers": 3}], ids=str)
+def test_what_a_config_leaves_out_is_what_transformers_takes(text, vision):
+    sparse = {"text_config": text} | ({} if vision is None else {"vision_config": vision})
+    theirs = AutoConfig.for_model("llava_onevision", **json.loads(json.dumps(sparse))).to_dict()
+    assert LlavaOnevisionConfig.from_hf(sparse) == LlavaOnevisionConfig.from_hf(json.loads(json.dumps(theirs)))
+
+
+def test_the_defaults_are_those_of_the_published_files():
+    config = LlavaOnevisionConfig.from_hf({})
+    assert config.pinpoints == PINPOINTS and len(PINPOINTS) == 36 and PINPOINTS[1] == (384, 768)
+    assert (config.llava.image_token_id, config.video_token_id, config.max_tiles) == (151646, 151647, 9)
+    assert (config.llava.vision.num_layers, config.llava.vision.grid_side) == (26, 27)
+    named = {"image_token_id": 5, "video_token_id": 6}
+    config = LlavaOnevisionConfig.from_hf(named)
+    assert (config.llava.image_token_id, config.video_token_id) == (5, 6)
+
+
+REFUSED = {
+    "a patch taken for a class token": ({"vision_feature_select_strategy": "default"}, "select_strategy"),
+    "a class token among the patches": ({"vision_config": {"model_type": "clip_vision_model"}}, "select_strategy"),
+    "another way to fit": ({"vision_aspect_ratio": "pad"}, "vision_aspect_ratio"),
+    "no tiles at all": ({"vision_aspect_ratio": "anyres_max_0"}, "vision_aspect_ratio"),
+    "a layer that is not there": ({"vision_feature_layer": 27}, "vision_feature_layer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_config_that_cannot_be_meant_is_refused_by_name(case):
+    config, named = REFUSED[case]
+    with pytest.raises(MinivlmError, match=named):
+        LlavaOnevisionConfig.from_hf(config)
+
+
+# --- settings for pictures and films ----------------------------------------------------------------------------------
+
+
+def test_a_silent_file_means_transformers_defaults(tmp_path):
+    """The mean of a CLIP, and no crop."""
+    checkpoint, _ = opened()
+    folder = tiny.variant(checkpoint.folder, tmp_path / "silent", drop=["*preprocessor_config.json"])
+    images = minivlm.load(folder, device="cpu", weights=False).processor.images
+    assert images.image_mean == CLIP_MEAN and images.size[:2] == (43, 43)
+    assert not images.do_center_crop and images.crop_size is None and images.tile == 43
+
+
+def test_films_have_settings_of_their_own_and_they_are_those_of_pictures(tmp_path):
+    checkpoint, _ = opened()
+    folder = tiny.variant(checkpoint.folder, tmp_path / "other")
+    tiny.write_json(folder / "video_preprocessor_config.json", VIDEO_PREPROCESSOR | {"resample": 2})
+    with pytest.raises(MinivlmError, match="films"):
+        load(folder)
+
+
+@pytest.mark.parametrize("parts", [(picture(60, 90), picture(9, 9)), (film(1),)], ids=["pictures", "film"])
+def test_pixels_that_the_tower_cannot_see_are_refused(parts):
+    _, vlm = opened()
+    with pytest.raises(MinivlmError, match="43 x 43"):
+        vlm.preprocess([[turn("user", *parts, "What?")]], images_kwargs={"do_resize": False})
+
+
+def test_placeholders_without_pictures_are_counted():
+    _, vlm = opened()
+    for prompt in (minivlm.Prompt("<image> a"), minivlm.Prompt("a", videos=[film(1)])):
+        with pytest.raises(MinivlmError, match="placeholders for"):
+            vlm.preprocess([prompt])
