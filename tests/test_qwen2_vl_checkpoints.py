@@ -92,11 +92,15 @@ def test_limits_come_from_the_part_the_call_or_the_folder(checkpoints):
     ({"image": picture(8, 8)}, {"merge_size": 1}, "merge_size 1"),
     ({"image": picture(8, 8)}, {"do_pad": True}, "do_pad"),
     ({"image": picture(8, 8)}, {"do_center_crop": True}, "neither crops"),
-    ({"video": "film.mp4"}, {}, "not read from files yet"),
+    ({"video": "film.mp4"}, {}, "film.mp4: no such file"),
     ({"video": []}, {}, "at least one frame"),
-    ({"video": [picture(8, 8), picture(8, 9)]}, {}, "one size"),
-    ({"video": [picture(8, 8)], "num_frames": 3}, {}, "'num_frames'"),
+    ({"video": [picture(8, 8), picture(80, 9)]}, {}, "differ in size"),
+    ({"video": [picture(8, 8)], "num_frames": 3}, {}, "3 frames were asked for"),
+    ({"video": [picture(8, 8)], "fps": 2, "num_frames": 1}, {}, "not by both"),
+    ({"video": [picture(8, 8)], "frames": 3}, {}, "'frames'.*known here: min_pixels.*fps"),
     ({"video": [picture(8, 8)], "min_pixels": "many"}, {}, "min_pixels"),
+    ({"video": [picture(8, 8)], "min_pixels": 128, "max_pixels": 64}, {}, "more than max_pixels"),
+    ({"video": [picture(8, 8)]}, {"merge_size": 1}, "merge_size 1"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(checkpoints, part, images_kwargs, said):
     _, vlm = checkpoints()
@@ -108,7 +112,7 @@ def test_what_cannot_be_is_refused_in_one_line(checkpoints, part, images_kwargs,
 
 def test_a_silent_preprocessor_is_transformers_default(checkpoints, tmp_path):
     checkpoint, _ = checkpoints()
-    images = load(tiny.variant(checkpoint.folder, tmp_path / "bare", drop=["preprocessor*"])).processor.images
+    images = load(tiny.variant(checkpoint.folder, tmp_path / "bare", drop=["preprocessor*"])).processor.images.pictures
     theirs = Qwen2VLImageProcessorPil()
     assert (images.min_pixels, images.max_pixels) == (theirs.size["shortest_edge"], theirs.size["longest_edge"])
     assert images.resample == theirs.resample
@@ -124,30 +128,6 @@ def test_every_spelling_of_the_limits_is_read(checkpoints, tmp_path, settings):
     rest = {key: value for key, value in PREPROCESSOR.items() if not key.endswith("pixels")}
     tiny.write_json(folder / "preprocessor_config.json", rest | settings)
     assert load(folder).processor.images == vlm.processor.images
-
-
-def film_grid(vlm, num_frames=6, size=(80, 80), **options):
-    frames = [picture(*size, i) for i in range(num_frames)]
-    return vlm.preprocess([ask({"type": "video", "video": frames, **options}, "What?")]).video_grid_thw.tolist()
-
-
-def test_a_long_film_has_small_frames(monkeypatch, checkpoints):
-    """3 frame pairs share 30 tokens: 10 for each, but no fewer than 1.05 of min_pixels."""
-    _, vlm = checkpoints()
-    monkeypatch.setattr(qwen2_vl, "MIN_FRAME_TOKENS", 4)
-    monkeypatch.setattr(qwen2_vl, "MAX_FILM_TOKENS", 30)
-    assert film_grid(vlm) == [[3, 6, 6]]
-    assert film_grid(vlm, min_pixels=24 * 64) == [[3, 10, 10]]
-
-
-def test_limits_of_films(checkpoints):
-    """A frame has 128 to 768 tokens, unless the part asks for others, or for a size, which pictures' limits hold."""
-    _, vlm = checkpoints()
-    assert film_grid(vlm, 1) == [[1, 24, 24]]
-    assert film_grid(vlm, 1, (400, 400)) == [[1, 54, 54]]
-    assert film_grid(vlm, 1, (400, 400), max_pixels=200 * 64) == [[1, 28, 28]]
-    assert film_grid(vlm, 1, min_pixels=None, max_pixels=None, fps=2.0) == [[1, 24, 24]]
-    assert film_grid(vlm, 1, resized_height=24, resized_width=40) == [[1, 6, 10]]
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

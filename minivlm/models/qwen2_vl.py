@@ -19,14 +19,13 @@ row and column of every token.
 Patches are in raster order (frame pair, row, column) throughout, so that the merge is a visible step; transformers
 orders them cell by cell when it cuts the picture, with the same result.
 
-Does not: read films from files. Sections: configuration, the tower, the model, the processor.
+Sections: configuration, the tower, the model, sizes of pictures and frames, the processor.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from minivlm import ops
 from minivlm.cache import KVCache
+from minivlm.console import note
 from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder, DecoderConfig
 from minivlm.errors import MinivlmError
@@ -44,9 +44,9 @@ from minivlm.images import normalise, resize
 from minivlm.inputs import Inputs
 from minivlm.layers import MLP, Linear, activation, attention
 from minivlm.models.llava import is_tied
-from minivlm.open_image import open_image
 from minivlm.positions import Rope, RopeConfig, mrope_positions
 from minivlm.processor import BaseProcessor
+from minivlm.videos import FILM_OPTIONS, Film, FilmRule, check_film_options, open_video
 
 # The hub's layout, then that of transformers ≥ 4.52. The longest spelling wins, so "model" is what nothing else fits.
 KEYS = {
@@ -75,9 +75,13 @@ IMAGE_DEFAULTS = {**CLIP_DEFAULTS, "do_center_crop": False, "min_pixels": 56 * 5
 LIMIT_OPTIONS, SIZE_OPTIONS = ("min_pixels", "max_pixels"), ("resized_height", "resized_width")
 
 MAX_RATIO = 200  # of a picture's longer side to the shorter
-# A film, in tokens. Source: qwen-vl-utils, transformers' Qwen2VLVideoProcessor.
+# A film. Source: qwen-vl-utils, transformers' Qwen2VLVideoProcessor.
+FPS = 2.0  # frames taken per second
 MIN_FRAME_TOKENS, MAX_FRAME_TOKENS = 128, 768  # per frame, before pairs of frames become one
-MAX_FILM_TOKENS = int(128_000 * 0.9)  # of all frame pairs; longer films get smaller frames
+FILM_NUMBERS = {"min_frames": 4, "max_frames": 768, "max_video_tokens": 128_000}  # a tenth of the tokens is for text
+FILM_SWITCHES = (
+    "fps", "num_frames", "do_sample_frames", "cap_pixels_per_frame", "return_metadata", "video_processor_type",
+)  # fmt: skip
 
 # For folders without a chat template: the published one. `add_vision_id` numbers pictures and films.
 TEMPLATE = (
@@ -306,7 +310,7 @@ class Model(BaseModel):
         return self.language_model(x, inputs.attention_mask, self.positions(inputs), cache, last_only)
 
 
-# ------------------------------------------------------------------------------------------------------- the processor
+# ---------------------------------------------------------------------------------------- sizes of pictures and frames
 
 
 def smart_resize(size: tuple[int, int], cell: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -381,48 +385,139 @@ def target_size(size: tuple[int, int], options: dict, images: ImageConfig, cell:
     return smart_resize(size, cell, limits.min_pixels, limits.max_pixels)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a checkpoint wants pictures, and the frames of films, which have limits of their own."""
+
+    pictures: ImageConfig
+    frames: ImageConfig
+    sampling: FilmRule
+    film_tokens: int | None  # that the frame pairs of a film may have together; None: no such limit
+    asked: int | None = None  # a caller's max_pixels
+
+    @classmethod
+    def from_folder(cls, folder: Path, vision: VisionConfig) -> "Settings":
+        """A folder without settings for films, as the published ones, speaks of pictures alone: frames have
+        qwen-vl-utils' limits then, where transformers would take the pictures', 16384 tokens for each.
+
+        Files are always sampled, frames that are given never, whatever `do_sample_frames` says.
+        """
+        both = read_json(folder / "processor_config.json")
+        hf = both.get("image_processor") or read_json(folder / "preprocessor_config.json")
+        grid = {"patch_size": vision.patch_size, "temporal_patch_size": vision.frames, "merge_size": vision.merge}
+        pictures = ImageConfig.from_hf(pixel_limits(hf), IMAGE_DEFAULTS | grid)
+        hf = both.get("video_processor") or read_json(folder / "video_preprocessor_config.json")
+        numbers = FILM_NUMBERS | {key: hf[key] for key in FILM_NUMBERS if hf.get(key) is not None}
+        if not all(isinstance(number, int) and number > 0 for number in numbers.values()):
+            raise MinivlmError(f"the settings for films: {', '.join(numbers)} are positive integers")
+        rate = check_film_options({key: hf.get(key) for key in ("fps", "num_frames")}) or {"fps": FPS}
+        limits = {"min_pixels": MIN_FRAME_TOKENS * vision.cell**2, "max_pixels": MAX_FRAME_TOKENS * vision.cell**2}
+        own = {key: value for key, value in hf.items() if key not in (*FILM_NUMBERS, *FILM_SWITCHES)}
+        frames = ImageConfig.from_hf(pixel_limits(own), IMAGE_DEFAULTS | grid | limits)
+        return cls(
+            pictures,
+            frames if hf else replace(pictures, **limits),
+            FilmRule(
+                rate.get("num_frames"),
+                rate.get("fps"),
+                multiple_of=vision.frames,
+                min_frames=numbers["min_frames"],
+                max_frames=numbers["max_frames"],
+            ),
+            None if hf.get("cap_pixels_per_frame") is False else int(0.9 * numbers["max_video_tokens"]),
+        )
+
+    def override(self, images_kwargs: dict) -> "Settings":
+        """With a caller's settings on top, for pictures and frames alike."""
+        given = pixel_limits(images_kwargs)
+        pictures, frames = self.pictures.override(given), self.frames.override(given)
+        return replace(self, pictures=pictures, frames=frames, asked=given.get("max_pixels"))
+
+
 def picture_patches(
-    picture: Image.Image, options: dict, images: ImageConfig, vision: VisionConfig
+    picture: Image.Image, options: dict, settings: Settings, vision: VisionConfig
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Patches `(P, patch_dim)` and grid of one picture."""
-    size = target_size((picture.height, picture.width), options, images, vision.cell)
+    images, full = settings.pictures, (picture.height, picture.width)
+    size = target_size(full, options, images, vision.cell)
     pixels = normalise(resize(picture, size, images.resample), images)  # (3, height, width)
-    return patchify(pixels[None], vision.frames, vision.patch_size)
+    patches, grid = patchify(pixels[None], vision.frames, vision.patch_size)
+    announce("a picture", full, size, grid, options, settings, vision)
+    return patches, grid
 
 
-def film_limits(num_frames: int, options: dict, images: ImageConfig, vision: VisionConfig) -> dict:
-    """Least and greatest area of a frame in pixels. All frames share one budget: a long film has small frames."""
-    cell = vision.cell**2
-    least = images.override({"min_pixels": options.get("min_pixels", MIN_FRAME_TOKENS * cell)}).min_pixels
-    share = MAX_FILM_TOKENS * cell * vision.frames // num_frames
-    return {"min_pixels": least, "max_pixels": max(min(MAX_FRAME_TOKENS * cell, share), int(1.05 * least))}
+def frame_size(
+    size: tuple[int, int], num_frames: int, options: dict, settings: Settings, vision: VisionConfig
+) -> tuple[int, int]:
+    """(height, width) that each frame of a film is resized to.
+
+    All frames share one budget: a long film has small frames, but none smaller than `min_pixels` by design. A size that
+    was asked for is kept, within the limits of pictures; a `max_pixels` that was asked for goes before `min_pixels`.
+    """
+    if any(key in options for key in SIZE_OPTIONS):
+        return target_size(size, options, settings.pictures, vision.cell)
+    limits = settings.frames.override({key: options[key] for key in LIMIT_OPTIONS if key in options})
+    asked = options.get("max_pixels", settings.asked)
+    least, most = limits.min_pixels, limits.max_pixels
+    if asked and "min_pixels" not in options:
+        least = min(least, asked)
+    if settings.film_tokens is not None:
+        most = min(most, settings.film_tokens * vision.cell**2 * vision.frames // num_frames)
+    most = max(most, int(1.05 * least))
+    options = {"min_pixels": least, "max_pixels": min(most, asked) if asked else most}
+    return target_size(size, options, settings.frames, vision.cell)
 
 
 def film_patches(
-    film: object, options: dict, images: ImageConfig, vision: VisionConfig
+    film: object, options: dict, settings: Settings, vision: VisionConfig
 ) -> tuple[Tensor, tuple[int, int, int]]:
-    """Patches and grid of a film given as frames, all of which are taken, whatever `fps` says of them.
+    """Patches and grid of one film: a file, which is sampled, or frames, which are all taken."""
+    sampling = {key: value for key, value in options.items() if key in FILM_OPTIONS}
+    options = {key: value for key, value in options.items() if key not in FILM_OPTIONS}
+    images, pair, sizes = settings.frames, vision.frames, set()
 
-    A size that was asked for is kept, within the limits of pictures.
-    """
-    frames = open_frames(film)
-    if not any(key in options for key in SIZE_OPTIONS):
-        options = film_limits(len(frames), options, images, vision) | options
-    size = target_size((frames[0].height, frames[0].width), options, images, vision.cell)
-    pixels = torch.stack([normalise(resize(frame, size, images.resample), images) for frame in frames])
-    return patchify(pixels, vision.frames, vision.patch_size)
+    def prepare(frame: Image.Image, num_frames: int) -> Image.Image:
+        full = (frame.height, frame.width)
+        size = frame_size(full, num_frames, options, settings, vision)
+        sizes.add((full, size))
+        return resize(frame, size, images.resample)
+
+    film = open_video(film, sampling, settings.sampling, prepare)
+    pixels = [normalise(frame, images) for frame in film.frames]  # (3, height, width) each
+    cuts = [patchify(torch.stack(pixels[i : i + pair]), pair, vision.patch_size) for i in range(0, len(pixels), pair)]
+    grid = (len(cuts), *cuts[0][1][1:])
+    for full, size in sizes:
+        announce(f"a film of {len(pixels)} frames", full, size, grid, options, settings, vision)
+    announce_rate(film, sampling, settings.sampling)
+    return torch.cat([patches for patches, _ in cuts]), grid
 
 
-def open_frames(film: object) -> list[Image.Image]:
-    """The frames of a film given as a list of pictures or as a uint8 array (frames, height, width, 3)."""
-    if not isinstance(film, (list, tuple, np.ndarray)):
-        raise MinivlmError(
-            "films are not read from files yet: give a list of frames or a uint8 array (frames, height, width, 3)"
-        )
-    frames = [open_image(frame) for frame in film]
-    if len({frame.size for frame in frames}) != 1:
-        raise MinivlmError("a film needs at least one frame, and all of one size")
-    return frames
+def announce(
+    what: str,
+    full: tuple[int, int],
+    size: tuple[int, int],
+    grid: tuple[int, int, int],
+    options: dict,
+    settings: Settings,
+    vision: VisionConfig,
+):
+    """Says on stderr that a limit which nobody asked for has shrunk something from `full` to `size`."""
+    wanted = [options.get(key, side) for key, side in zip(SIZE_OPTIONS, full, strict=True)]
+    most = options.get("max_pixels", settings.asked) or math.inf
+    if math.prod(size) < math.prod(full) and math.prod(size) < math.prod(smart_resize(wanted, vision.cell, 1, most)):
+        tokens = num_image_tokens(grid, vision.merge)
+        limit = "max_pixels sets another limit" if grid[0] == 1 else "max_pixels or fewer frames set another limit"
+        note(f"{what}, {full[0]} x {full[1]} pixels, is seen at {size[0]} x {size[1]}, as {tokens} tokens; {limit}")
+
+
+def announce_rate(film: Film, sampling: dict, rule: FilmRule):
+    """The same of a film with more frames, by the rate that was asked for, than a film may have."""
+    by_number = "num_frames" in sampling or "nframes" in sampling
+    rate = None if by_number else sampling.get("fps", rule.fps)
+    if rate and film.seconds and len(film.frames) == rule.max_frames:
+        every = (film.seconds[-1] - film.seconds[0]) / (len(film.frames) - 1)
+        if every * rate > 1.01:
+            note(f"a film is too long for {rate:g} frames a second: {len(film.frames)} are taken, every {every:.3g} s")
 
 
 class Processor(BaseProcessor):
@@ -430,22 +525,19 @@ class Processor(BaseProcessor):
 
     Config, template_source = Qwen2VLConfig, TEMPLATE
     picture_options = LIMIT_OPTIONS + SIZE_OPTIONS
-    film_options = LIMIT_OPTIONS + SIZE_OPTIONS + ("fps",)
+    film_options = LIMIT_OPTIONS + SIZE_OPTIONS + FILM_OPTIONS
 
     @classmethod
-    def read_images(cls, folder: Path, config: Qwen2VLConfig) -> ImageConfig:
-        v = config.vision
-        defaults = {"patch_size": v.patch_size, "temporal_patch_size": v.frames, "merge_size": v.merge}
-        settings = read_json(folder / "processor_config.json").get("image_processor")
-        settings = settings or read_json(folder / "preprocessor_config.json")
-        return ImageConfig.from_hf(pixel_limits(settings), IMAGE_DEFAULTS | defaults)
+    def read_images(cls, folder: Path, config: Qwen2VLConfig) -> Settings:
+        return Settings.from_folder(folder, config.vision)
 
-    def override(self, images_kwargs: dict) -> ImageConfig:
-        images = self.images.override(pixel_limits(images_kwargs))
-        check_images(images, self.config.vision)
-        return images
+    def override(self, images_kwargs: dict) -> Settings:
+        settings = self.images.override(images_kwargs)
+        check_images(settings.pictures, self.config.vision)
+        check_images(settings.frames, self.config.vision)
+        return settings
 
-    def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
+    def see(self, rows: list[Row], images: Settings) -> dict[str, Tensor]:
         config, vision = self.config, self.config.vision
         pictures, films = [], []  # (patches, grid) each
         for row in rows:

@@ -1,0 +1,201 @@
+"""Qwen2-VL's films: how files are sampled, how large frames are, what is announced, and the reference's own numbers."""
+
+import base64
+import io
+
+import av
+import numpy as np
+import pytest
+import tiny
+import torch
+from qwen2_vl_tiny import VIDEO, ask, opened
+from tiny import load, picture
+
+from minivlm.errors import MinivlmError
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    return opened
+
+
+def film_grid(vlm, num_frames=6, size=(80, 80), images_kwargs=None, **options):
+    frames = [picture(*size, i) for i in range(num_frames)]
+    talk = ask({"type": "video", "video": frames, **options}, "What?")
+    return vlm.preprocess([talk], images_kwargs=images_kwargs).video_grid_thw.tolist()
+
+
+def with_settings(checkpoint, folder, settings, name="video_preprocessor_config.json"):
+    """The processor of a folder that says something of films."""
+    folder = tiny.variant(checkpoint.folder, folder)
+    tiny.write_json(folder / name, settings)
+    return load(folder)
+
+
+# --- the size of frames -----------------------------------------------------------------------------------------------
+
+
+def test_limits_of_films(checkpoints):
+    """A frame has 128 to 768 tokens of 8 × 8 pixels, unless the part asks for others, or for a size, which pictures'
+    limits hold."""
+    _, vlm = checkpoints()
+    assert film_grid(vlm, 1) == [[1, 24, 24]]
+    assert film_grid(vlm, 1, (400, 400)) == [[1, 54, 54]]
+    assert film_grid(vlm, 1, (400, 400), max_pixels=200 * 64) == [[1, 28, 28]]
+    assert film_grid(vlm, 1, (400, 400), max_pixels=16 * 64) == [[1, 8, 8]]  # what was asked for, not 128 tokens
+    assert film_grid(vlm, 1, min_pixels=900 * 64) == [[1, 60, 60]]  # and neither 768
+    assert film_grid(vlm, 1, min_pixels=None, max_pixels=None, fps=2.0) == [[1, 24, 24]]
+    assert film_grid(vlm, 1, resized_height=24, resized_width=40) == [[1, 6, 10]]
+
+
+def test_limits_of_a_call_are_those_of_frames_too(checkpoints):
+    _, vlm = checkpoints()
+    assert film_grid(vlm, 1, (400, 400), images_kwargs={"max_pixels": 16 * 64}) == [[1, 8, 8]]
+    assert film_grid(vlm, 1, (400, 400), images_kwargs={"max_pixels": 1000 * 64}) == [[1, 62, 62]]
+    assert film_grid(vlm, 1, images_kwargs={"min_pixels": 900 * 64, "max_pixels": 1000 * 64}) == [[1, 60, 60]]
+    assert film_grid(vlm, 1, (400, 400), {"max_pixels": 16 * 64}, max_pixels=36 * 64) == [[1, 12, 12]]
+
+
+def test_a_long_film_has_small_frames(checkpoints, tmp_path):
+    """3 frame pairs share 30 tokens: 10 for each, but no fewer than 1.05 of min_pixels."""
+    checkpoint, _ = checkpoints()
+    limits = {"min_pixels": 4 * 64, "max_pixels": 768 * 64}
+    vlm = with_settings(checkpoint, tmp_path / "short", {**limits, "max_video_tokens": 34})
+    assert film_grid(vlm) == [[3, 6, 6]]
+    assert film_grid(vlm, max_pixels=200 * 64) == [[3, 6, 6]]
+    assert film_grid(vlm, min_pixels=24 * 64) == [[3, 10, 10]]
+    free = {"max_video_tokens": 34, "cap_pixels_per_frame": False}
+    assert film_grid(with_settings(checkpoint, tmp_path / "free", limits | free)) == [[3, 20, 20]]
+
+
+SETTINGS = {
+    "do_sample_frames": False, "return_metadata": False, "video_processor_type": "Qwen2VLVideoProcessor",
+    "size": {"shortest_edge": 4 * 64, "longest_edge": 25 * 64}, "patch_size": 4, "merge_size": 2,
+    "temporal_patch_size": 2, "min_frames": 2, "max_frames": 6, "fps": 4, "image_mean": [0.5, 0.5, 0.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["video_preprocessor_config.json", "processor_config.json"])
+def test_a_folders_settings_for_films_are_followed(checkpoints, tmp_path, name):
+    checkpoint, vlm = checkpoints()
+    told = with_settings(
+        checkpoint, tmp_path / "f", {"video_processor": SETTINGS} if name[0] == "p" else SETTINGS, name
+    )
+    images = told.processor.images
+    assert film_grid(told, 1, (400, 400)) == [[1, 10, 10]]
+    assert images.pictures == vlm.processor.images.pictures
+    assert images.frames.image_mean == (0.5, 0.5, 0.5) != images.pictures.image_mean
+    rule = images.sampling
+    assert (rule.fps, rule.num_frames, rule.min_frames, rule.max_frames, rule.multiple_of) == (4, None, 2, 6, 2)
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"fps": 2, "num_frames": 8}, "not by both"),
+    ({"fps": -1}, "fps"),
+    ({"max_frames": 0}, "max_frames"),
+    ({"min_frames": "4"}, "min_frames"),
+    ({"temporal_patch_size": 1}, "temporal_patch_size 1"),
+    ({"frames_upbound": 8}, "'frames_upbound'"),
+    ({"size": {"height": 8, "width": 8}}, "area"),
+    ({"do_center_crop": True, "crop_size": 8}, "neither crops"),
+])  # fmt: skip
+def test_a_folders_setting_that_cannot_be_followed_is_named(checkpoints, tmp_path, settings, said):
+    checkpoint, _ = checkpoints()
+    with pytest.raises(MinivlmError, match=said):
+        film_grid(with_settings(checkpoint, tmp_path / "bad", settings))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_film(path, num_frames, rate=8, size=(48, 80)):
+    """Grey frames, frame i of level 4 i; lossless."""
+    with av.open(path, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *size, "bgr0"
+        for i in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 4 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def levels(vlm, inputs):
+    """The grey level of each frame pair's two frames."""
+    images = vlm.processor.images.frames
+    mean, std = images.image_mean[0], images.image_std[0]
+    t, h, w = inputs.video_grid_thw[0].tolist()
+    red = inputs.pixel_values_videos.view(t, h * w, 3, 2, -1)[:, 0, 0, :, 0]
+    return ((red * std + mean) * 255).round().int().flatten().tolist()
+
+
+@pytest.mark.parametrize("num_frames, options, taken", [
+    (40, {}, [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]),  # 5 seconds, 2 frames each
+    (40, {"fps": 1}, [0, 10, 20, 30]),  # 5 would be odd
+    (40, {"fps": 0.1}, [0, 10, 20, 30]),  # 4 at least
+    (40, {"num_frames": 7}, [0, 5, 10, 15, 20, 25, 30, 35]),  # an even number
+    (40, {"nframes": 2}, [0, 20]),
+    (40, {"video_start": 1, "video_end": 2.9}, [8, 12, 16, 20]),
+    (3, {}, [0, 1]),  # of 3 frames an even number
+    (1, {}, [0, 0]),
+])  # fmt: skip
+def test_a_file_is_sampled_by_qwens_rule(checkpoints, tmp_path, num_frames, options, taken):
+    """8 frames a second; the frames' levels tell which they are."""
+    _, vlm = checkpoints()
+    part = {"type": "video", "video": write_film(tmp_path / "film.mkv", num_frames), **options}
+    ours = levels(vlm, vlm.preprocess([ask(part, "What?")]))
+    assert [level // 4 for level in ours] == taken
+
+
+def test_a_film_comes_from_a_path_a_file_url_a_data_uri_or_bytes(checkpoints, tmp_path):
+    _, vlm = checkpoints()
+    path = write_film(tmp_path / "film.mkv", 8)
+    data = base64.b64encode(path.read_bytes()).decode()
+    sources = [path, str(path), path.as_uri(), f"data:video/x-matroska;base64,{data}", path.read_bytes()]
+    inputs = [vlm.preprocess([ask({"type": "video", "video": source}, "What?")]) for source in sources]
+    inputs.append(vlm.preprocess([ask({"type": "video_url", "video_url": {"url": sources[3]}}, "What?")]))
+    assert all(torch.equal(i.pixel_values_videos, inputs[0].pixel_values_videos) for i in inputs)
+    assert (inputs[0].input_ids == VIDEO).sum() == 2 * 9 * 15  # 48 × 80 pixels become at least 128 tokens
+
+
+def test_a_picture_comes_from_a_path_a_file_url_or_a_data_uri(checkpoints, tmp_path):
+    _, vlm = checkpoints()
+    path, file = tmp_path / "a picture.png", io.BytesIO()
+    picture(30, 50).save(path)
+    picture(30, 50).save(file, format="png")
+    data = base64.b64encode(file.getvalue()).decode()
+    sources = [picture(30, 50), path, path.as_uri(), f"data:image/png;base64,{data}"]
+    pixels = [vlm.preprocess([ask({"type": "image", "image": s}, "What?")]).pixel_values for s in sources]
+    assert all(torch.equal(p, pixels[0]) for p in pixels)
+
+
+# --- what is announced ------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_that_bites_is_announced(checkpoints, tmp_path, capsys):
+    checkpoint, vlm = checkpoints()
+    film_grid(vlm, 3, (400, 400))
+    told = capsys.readouterr().err
+    assert told == (
+        "minivlm: a film of 3 frames, 400 x 400 pixels, is seen at 216 x 216, as 1458 tokens; max_pixels or fewer "
+        "frames set another limit\n"
+    )
+    vlm.preprocess([ask(picture(160, 160), "What?")])
+    assert capsys.readouterr().err == (
+        "minivlm: a picture, 160 x 160 pixels, is seen at 56 x 56, as 49 tokens; max_pixels sets another limit\n"
+    )
+    slow = with_settings(checkpoint, tmp_path / "slow", {"fps": 4, "max_frames": 6})
+    part = {"type": "video", "video": write_film(tmp_path / "film.mkv", 40)}
+    slow.preprocess([ask(part, "What?")])
+    assert "too long for 4 frames a second: 6 are taken, every 0.825 s" in capsys.readouterr().err
+
+
+def test_what_was_asked_for_is_not_announced(checkpoints, tmp_path, capsys):
+    _, vlm = checkpoints()
+    film_grid(vlm, 3, (400, 400), max_pixels=200 * 64)
+    film_grid(vlm, 3, (400, 400), {"max_pixels": 200 * 64})
+    film_grid(vlm, 3, (400, 400), resized_height=40, resized_width=40)
+    film_grid(vlm, 3, (37, 41), min_pixels=64)  # rounded down, by no limit
+    path = write_film(tmp_path / "film.mkv", 40)
+    vlm.preprocess([ask({"type": "video", "video": path, "num_frames": 6}, picture(41, 37), "What?")])
+    assert capsys.readouterr().err == ""
