@@ -12,7 +12,7 @@ square as they are stored, as the reference does.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, dropwhile, groupby
+from itertools import dropwhile
 from typing import BinaryIO, NamedTuple
 
 import av
@@ -28,6 +28,7 @@ from minivlm.sources import BAR_SECONDS, describe
 # Containers that are opened: none that is a list of other files (HLS, concat), for those may lie anywhere. The sounds
 # are here so that it can be said what they are.
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,mjpeg,nut,mxf,wav,mp3,flac,aac"
+JUMPS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")  # in these every packet has its time written beside it
 HIDES_FRAMES = ("vp8",)  # codecs with packets that are decoded and never shown
 STILL_MILLISECONDS = 100  # that a frame of an animation is shown whose duration is 0, as browsers do
 
@@ -66,8 +67,8 @@ def open_film(file: BinaryIO, name: str, head: bytes, decode_all: bool = False) 
         return _open_animation(file, name)
     try:
         with _container(file) as container:
-            starts = _list_packets(container, _stream(container, name), name, decode_all)
-            reel = _read_frames(file, name) if starts is None else _index(file, container, starts)
+            places = _list_packets(container, _stream(container, name), name, decode_all)
+            reel = _read_frames(file, name) if places is None else _index(file, container, places)
     except (av.FFmpegError, OSError) as error:
         raise MinivlmError(_complaint(name, head, error)) from error
     if not reel.times:
@@ -122,73 +123,107 @@ def _rate(stream, times: list[float]) -> float | None:
 class _Key(NamedTuple):
     """A keyframe: decoding can begin here."""
 
+    number: int  # of its packet, in decoding order
     pts: int  # when it is shown, in the stream's time base
     seek: int  # where to jump to, the same or a little before: demuxers seek by decoding times
 
 
-def _list_packets(container, stream, name: str, decode_all: bool) -> dict[int, _Key] | None:
-    """Time of each shown frame → the keyframe to decode it from; None where the packets do not tell.
+class _Place(NamedTuple):
+    """Where a frame is in the file."""
+
+    number: int  # of its packet, in decoding order; what it is predicted from comes before
+    pts: int
+    key: _Key
+
+
+class _Stretch(NamedTuple):
+    """Packets that are decoded without a gap, `key` to `last`, and when the frames that are taken of them are shown."""
+
+    key: _Key
+    last: _Place
+    wanted: list[int]
+
+
+def _list_packets(container, stream, name: str, decode_all: bool) -> list[_Place] | None:
+    """The film's frames in the order of their showing; None where the packets do not tell.
 
     Reads the whole file, its sound too, and notes on stderr if that ends before the time that the header promises.
     """
-    starts: dict[int, _Key] | None = None if decode_all or stream.codec_context.name in HIDES_FRAMES else {}
+    guessed = container.format.name == "avi" and stream.codec_context.has_b_frames  # no times in AVI
+    tells = not (decode_all or guessed or stream.codec_context.name in HIDES_FRAMES)
+    times, places = set(), []
     key = earlier = None
     end = 0.0  # seconds
     for packet in watched(_until_damage(container.demux()), "reading the film"):
-        if packet.pts is None:
-            if packet.stream is stream and packet.size:
-                starts = None
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is not stream or not packet.size:
             continue
-        end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        if packet.stream is not stream or starts is None:
+        if packet.pts is None or packet.pts in times:
+            tells = False
+        if not tells:
             continue
         if packet.is_keyframe:
-            earlier, key = key, _Key(packet.pts, packet.pts if packet.dts is None else min(packet.dts, packet.pts))
+            seek = packet.pts if packet.dts is None else min(packet.dts, packet.pts)
+            earlier, key = key, _Key(len(times), packet.pts, seek)
         start = key if key and packet.pts >= key.pts else earlier  # a B-frame may be shown before its keyframe
-        if start is None or packet.is_discard:
-            continue
-        if packet.pts in starts:
-            starts = None
-        else:
-            starts[packet.pts] = start
+        if start is not None and not packet.is_discard:  # without a keyframe it is no frame
+            places.append(_Place(len(times), packet.pts, start))
+        times.add(packet.pts)
     promised = ((container.start_time or 0) + (container.duration or 0)) / av.time_base
-    if not decode_all and promised - end > max(0.5, 0.02 * promised) and end:
+    if not decode_all and end and promised - end > max(0.5, 0.02 * promised):
         note(f"{name} is cut off: {end:.1f} of its {promised:.1f} seconds are there, and are used")
-    return starts
+    return sorted(places, key=lambda place: place.pts) if tells else None
 
 
-def _index(file: BinaryIO, container, starts: dict[int, _Key]) -> Reel:
+def _index(file: BinaryIO, container, places: list[_Place]) -> Reel:
     stream = _stream(container)
-    order = sorted(starts)
-    times = [float((pts - order[0]) * stream.time_base) for pts in order]
+    times = [float((place.pts - places[0].pts) * stream.time_base) for place in places]
 
     def take(indices: list[int]) -> Iterator[Image.Image]:
         with _container(file) as container:
             stream = _stream(container)
-            for key, group in groupby((order[index] for index in indices), key=starts.get):
-                yield from _decode_from(container, stream, key, list(group))
+            packets = container.demux(stream)
+            for stretch in _stretches([places[index] for index in indices]):
+                if container.format.name in JUMPS:
+                    container.seek(stretch.key.seek, stream=stream)
+                    packets = container.demux(stream)
+                yield from _decode(packets, stream.codec_context, stretch)
 
     return Reel(times, _rate(stream, times), take)
 
 
-def _decode_from(container, stream, key: _Key, wanted: list[int]) -> Iterator[Image.Image]:
-    """The frames shown at the times `wanted`, ascending."""
-    waiting = iter(wanted)
-    pts = next(waiting)
+def _stretches(places: list[_Place]) -> list[_Stretch]:
+    """What has to be decoded for these frames, in decoding order."""
+    found: list[_Stretch] = []
+    for place in sorted(places, key=lambda place: (place.key, place)):
+        if found and place.key.number <= found[-1].last.number:
+            begun = found.pop()
+            found.append(_Stretch(begun.key, max(begun.last, place), [*begun.wanted, place.pts]))
+        else:
+            found.append(_Stretch(place.key, place, [place.pts]))
+    return found
+
+
+def _decode(packets: Iterator, codec, stretch: _Stretch) -> Iterator[Image.Image]:
+    """The frames of one stretch, as they are shown. Leaves `packets` after its last packet, and the decoder empty."""
+    wanted = sorted(stretch.wanted)
     try:
-        container.seek(key.seek, stream=stream)
-        packets = dropwhile(lambda packet: packet.pts != key.pts, container.demux(stream))
-        for frame in chain.from_iterable(packet.decode() for packet in packets):
-            if frame.pts is None or frame.pts > pts:
+        for packet in dropwhile(lambda packet: packet.pts != stretch.key.pts, packets):
+            frames = codec.decode(packet)
+            if packet.pts == stretch.last.pts:
+                frames += codec.decode(None)  # what it still holds back, to bring frames into order
+                codec.flush_buffers()
+            for frame in frames:
+                if wanted and frame.pts == wanted[0]:
+                    yield _picture(frame)
+                    del wanted[0]
+            if packet.pts == stretch.last.pts:
                 break
-            if frame.pts == pts:
-                yield _picture(frame)
-                pts = next(waiting, None)
-                if pts is None:
-                    return
     except av.FFmpegError as error:
         raise Unsure from error
-    raise Unsure
+    if wanted:
+        raise Unsure
 
 
 # ---- numbering frames by decoding them
