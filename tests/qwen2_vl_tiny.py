@@ -74,6 +74,33 @@ FILMS = [
     ask("First ", picture(30, 50), film(1, seed=1), "then ", film(7, 50, 70, seed=2), picture(47, 20), "Which is it?"),
 ]
 
+# --- what tests/fixtures/qwen2_vl_videos has the reference's answers to -----------------------------------------------
+
+# The longer ones have more frames than the budget allows in full size: 180 tokens for all frame pairs.
+FILM_SETTINGS = {
+    "size": {"shortest_edge": 8 * 64, "longest_edge": 40 * 64}, "patch_size": 4, "temporal_patch_size": 2,
+    "merge_size": 2, "cap_pixels_per_frame": True, "max_video_tokens": 200,
+}  # fmt: skip
+FILM_SIZES = {1: (47, 91), 5: (40, 40), 7: (97, 64), 24: (50, 70), 30: (61, 33)}  # frames: (height, width)
+# How films are sampled: (frames, frames per second, what is asked for).
+SAMPLED = [
+    (n, rate, asked)
+    for n, rate in [(30, 30.0), (47, 24.0), (300, 29.97), (301, 25.0), (5000, 10.0), (9, 2.0), (5, 1.0), (100000, 30.0)]
+    for asked in [{"fps": 2}, {"fps": 0.1}, {"fps": 1.7}, {"num_frames": 2}, {"num_frames": 4}, {"num_frames": 5}]
+]
+# The four conversations of Qwen2-VL's page in transformers' documentation: one row of each kind.
+MEDIA = {"type": "video", "video": [picture(40, 64, 10 + i) for i in range(5)]}
+DOCUMENTED = [
+    ask(picture(47, 91, 1), "Describe this image."),
+    ask(picture(47, 91, 1), picture(30, 50, 2), "What is written in the pictures?"),
+    ask("who are you?"),
+    ask(picture(47, 91, 1), picture(30, 50, 2), MEDIA, "What are the common elements in these medias?"),
+]
+
+
+def film_of(num_frames):
+    return [picture(*FILM_SIZES[num_frames], 100 + i) for i in range(num_frames)]
+
 
 @dataclass
 class Checkpoint:

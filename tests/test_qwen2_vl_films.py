@@ -2,16 +2,38 @@
 
 import base64
 import io
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import tiny
 import torch
-from qwen2_vl_tiny import VIDEO, ask, opened
-from tiny import load, picture
+from qwen2_vl_tiny import (
+    DOCUMENTED,
+    FILM_SETTINGS,
+    FILM_SIZES,
+    KINDS,
+    PREPROCESSOR,
+    SAMPLED,
+    VIDEO,
+    ask,
+    by_cell,
+    film_of,
+    of_inputs,
+    opened,
+    their_images,
+    their_logits,
+    their_positions,
+)  # fmt: skip
+from tiny import close, load, our_logits, picture
 
 from minivlm.errors import MinivlmError
+from minivlm.videos import sample
+
+FIXTURES = Path(__file__).with_name("fixtures") / "qwen2_vl_videos"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +52,98 @@ def with_settings(checkpoint, folder, settings, name="video_preprocessor_config.
     folder = tiny.variant(checkpoint.folder, folder)
     tiny.write_json(folder / name, settings)
     return load(folder)
+
+
+# --- parity, with what tests/fixtures/qwen2_vl_videos holds -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return {name: torch.from_numpy(x).long() for name, x in np.load(FIXTURES / "films.npz").items()}
+
+
+@pytest.fixture(scope="module")
+def capped(tmp_path_factory):
+    """The processor of a folder with the settings that the fixtures were made with."""
+    return with_settings(opened()[0], tmp_path_factory.mktemp("films") / "capped", FILM_SETTINGS)
+
+
+def grey(inputs):
+    """The grey levels of a film's patches, in the reference's order."""
+    mean, std = (torch.tensor(PREPROCESSOR[f"image_{name}"]).repeat_interleave(32) for name in ("mean", "std"))
+    levels = (inputs.pixel_values_videos * std + mean) * 255
+    return by_cell(levels.round().long(), inputs.video_grid_thw)
+
+
+def seen(vlm, num_frames, change=lambda frames: frames, **options):
+    part = {"type": "video", "video": change(film_of(num_frames)), **options}
+    return vlm.preprocess([ask("See ", part, "What moves?")])
+
+
+@pytest.mark.parametrize("num_frames", FILM_SIZES)
+def test_films_have_the_pixels_of_transformers(capped, stored, num_frames):
+    """Its resize is torch's and ours is Pillow's, so that a level may be off by one."""
+    inputs = seen(capped, num_frames)
+    assert inputs.video_grid_thw.tolist() == [stored[f"grid_{num_frames}"].tolist()]
+    difference = (grey(inputs) - stored[f"grey_{num_frames}"]).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("num_frames, change", [
+    (24, lambda frames: frames[::-1]), (5, lambda frames: frames + frames[:1]), (7, lambda frames: frames[:6]),
+], ids=["backwards", "another last frame", "a frame less"])  # fmt: skip
+def test_other_frames_have_other_pixels(capped, stored, num_frames, change):
+    ours, theirs = grey(seen(capped, num_frames, change)), stored[f"grey_{num_frames}"]
+    assert ours.shape != theirs.shape or (ours - theirs).abs().max() > 20
+
+
+def test_another_filter_has_other_pixels(capped, stored):
+    talk = [ask({"type": "video", "video": film_of(24)}, "What?")]
+    ours = grey(capped.preprocess(talk, images_kwargs={"resample": 2}))
+    assert ((ours - stored["grey_24"]).abs() > 1).float().mean() > 0.1
+
+
+def test_without_the_budget_of_a_film_sizes_are_others(stored, tmp_path):
+    free = with_settings(opened()[0], tmp_path / "free", FILM_SETTINGS | {"cap_pixels_per_frame": False})
+    assert [seen(free, n).video_grid_thw[0].tolist() == stored[f"grid_{n}"].tolist() for n in FILM_SIZES] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
+
+
+def test_frames_are_sampled_as_by_transformers():
+    """By frames per second and by number; the rule of another family, which counts odd numbers too, takes others."""
+    theirs = json.loads((FIXTURES / "sampled.json").read_text())
+    rule = opened()[1].processor.images.sampling
+    wrong = replace(rule, multiple_of=1)
+    differ = 0
+    for (total, rate, asked), wanted in zip(SAMPLED, theirs, strict=True):
+        assert sample(total, rate, asked, rule) == wanted, (total, rate, asked)
+        differ += sample(total, rate, asked, wrong) != wanted
+    assert differ > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_conversations_of_the_documentation(stored, tmp_path, kind):
+    """A picture, two pictures, text, and all at once: one left-padded batch, every seam of it."""
+    checkpoint, _ = opened(kind)
+    vlm = with_settings(checkpoint, tmp_path / "capped", FILM_SETTINGS)
+    ours = vlm.preprocess(DOCUMENTED)
+    assert torch.equal(ours.input_ids, stored["input_ids"])
+    assert torch.equal(ours.attention_mask, stored["attention_mask"])
+    assert torch.equal(ours.image_grid_thw, stored["image_grid_thw"])
+    assert torch.equal(ours.video_grid_thw, stored["video_grid_thw"])
+    assert (grey(ours) - stored["grey"]).abs().max() <= 1
+    images = [part["image"] for talk in DOCUMENTED for part in talk[0]["content"] if part["type"] == "image"]
+    pixels = their_images(images)["pixel_values"]
+    assert torch.equal(by_cell(ours.pixel_values, ours.image_grid_thw), pixels)
+    theirs = of_inputs(ours)
+    real = ours.attention_mask > 0
+    assert torch.equal(vlm.model.positions(ours)[:, real], their_positions(checkpoint.theirs, theirs)[:, real])
+    assert close(our_logits(vlm, ours), their_logits(checkpoint.theirs, theirs))
+    answers = tiny.their_answers(
+        checkpoint.theirs, theirs, vlm.eos_ids, vlm.processor.tokenizer.pad_id, max_new_tokens=16
+    )
+    assert [answer.token_ids for answer in vlm.generate(DOCUMENTED, max_new_tokens=16)] == answers
 
 
 # --- the size of frames -----------------------------------------------------------------------------------------------
