@@ -69,7 +69,7 @@ def load(
     device = pick_device(device)
     with torch.device("meta"):
         model = family.Model.from_config(config)
-    keys = llava_original.KEYS if original else family.KEYS
+    keys = original.keys if original else family.KEYS
     skip = [] if vision else [prefix for prefix in keys if prefix.startswith(VISION_PREFIXES)]
     dtype = pick_dtype(dtype, device, stored_dtype(folder) if weights else told_dtype(config))
     if weights:
@@ -93,8 +93,15 @@ def open_original(folder: Path, config: dict, offline: bool, weights: bool) -> t
     """An original LLaVA checkpoint, and the folder of its vision tower where the weights must come from there.
 
     1.5 has no tower inside. 1.6 has, but not its sizes: those come from the tower's own place, if it is on disk; else
-    minivlm knows them of the usual one. `weights=False`: the sizes are enough.
+    minivlm knows them of the usual one. Video-LLaVA has both inside, and not their sizes. `weights=False`: the sizes
+    are enough.
     """
+    if "mm_video_tower" in config:
+        from minivlm.models import video_llava_original  # here, because films bring PyAV with them
+
+        names = video_llava_original.tower_names(config)
+        towers = [resolve(name, offline=offline, relative_to=folder, weights=False) for name in names]
+        return video_llava_original.read(folder, config, towers), None
     name = llava_original.tower_name(config)
     outside = weights and not any(tensor.startswith(llava_original.INSIDE) for tensor in read_headers(folder))
     known = name == llava_original.KNOWN_TOWER

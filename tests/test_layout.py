@@ -32,7 +32,10 @@ FLOORS = {
 }  # fmt: skip
 
 # In the order of their papers: a model may use functions of an earlier one.
-MODELS = ("llava", "video_llava", "llava_next", "llava_original", "llava_onevision", "qwen2_vl", "mllama")
+MODELS = (
+    "llava", "video_llava", "llava_next", "llava_original", "video_llava_original", "llava_onevision", "qwen2_vl",
+    "mllama",
+)  # fmt: skip
 
 MODULES = {*FLOORS, *MODELS}
 

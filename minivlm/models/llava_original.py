@@ -168,8 +168,8 @@ NOT_TOWER = ("text_model", "text_projection", "visual_projection", "logit_scale"
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 _TEXT = " | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\n')"
-_IMAGES = "{% for part in message.content if part.type == 'image' %}<image>\n{% endfor %}"
-_SAID = _IMAGES + "{{ message.content" + _TEXT + " }}"
+IMAGES = "{% for part in message.content if part.type == 'image' %}<image>\n{% endfor %}"
+_SAID = IMAGES + "{{ message.content" + _TEXT + " }}"
 _ANSWER = "{% generation %}{{ message.content" + _TEXT + " }}END{% endgeneration %}"
 _SYSTEM = "{{ messages[0].content" + _TEXT + " }}"
 
@@ -246,12 +246,13 @@ def conversation_of(config: dict, tokenizer: Tokenizer) -> str:
 
 @dataclass(frozen=True)
 class Original:
-    """A folder of the original repository in the terms of `llava.py` and `llava_next.py`."""
+    """A folder of an original repository in the terms of the models' files."""
 
     config: dict  # as `to_hub` gives it
     tokenizer: Tokenizer
     template: ChatTemplate
     images: ImageConfig
+    keys: dict  # as KEYS
 
 
 def read(folder: Path, config: dict, tower: Path | None) -> Original:
@@ -272,7 +273,7 @@ def read(folder: Path, config: dict, tower: Path | None) -> Original:
     if "image_grid_pinpoints" in hub:
         ours["image_grid_pinpoints"] = hub["image_grid_pinpoints"]
     images = ImageConfig.from_hf(settings, image_defaults(llava) | ours, ours)
-    return Original(hub, tokenizer, ChatTemplate.from_folder(folder, default=template), images)
+    return Original(hub, tokenizer, ChatTemplate.from_folder(folder, default=template), images, KEYS)
 
 
 def _marks(config: dict) -> list[str]:
@@ -285,8 +286,9 @@ def _marks(config: dict) -> list[str]:
 
 def hub_rows(original: Original) -> dict[str, int]:
     """Rows of the embedding table and the head in a saved checkpoint: `<image>` needs one there, and 64s are custom."""
-    image_id, vocab_size = original.config["image_token_index"], original.config["text_config"]["vocab_size"]
-    rows = vocab_size if image_id < vocab_size else -(-(image_id + 1) // 64) * 64
+    config, vocab_size = original.config, original.config["text_config"]["vocab_size"]
+    last = max(config["image_token_index"], config.get("video_token_index", 0))
+    rows = vocab_size if last < vocab_size else -(-(last + 1) // 64) * 64
     return {"language_model.embed_tokens.weight": rows, "language_model.lm_head.weight": rows}
 
 
@@ -294,21 +296,21 @@ def hub_files(original: Original, folder: Path) -> dict[str, str]:
     """File name → contents, of the settings that a hub's conversion has and the original `folder` has not."""
     config, tokenizer, images = original.config, original.tokenizer, original.images
     rows = hub_rows(original)["language_model.embed_tokens.weight"]
-    anyres = config["model_type"] == "llava_next"
+    family = config["architectures"][0].removesuffix("ForConditionalGeneration")
     flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
     added = tokenizer.backend.get_added_tokens_decoder()
     settings = {key: value for key, value in vars(images).items() if value is not None} | {
-        "image_processor_type": "LlavaNextImageProcessor" if anyres else "LlavaImageProcessor",
+        "image_processor_type": f"{family}ImageProcessor",
         "size": images.size.given(),
         "crop_size": images.crop_size and dict(zip(("height", "width"), images.crop_size, strict=True)),
     }
-    if anyres:
+    if images.image_grid_pinpoints:
         del settings["do_pad"]  # there it is about tiles in a batch
     files = {
         "config.json": config | {"text_config": config["text_config"] | {"vocab_size": rows}},
         "preprocessor_config.json": settings,
         "processor_config.json": {
-            "processor_class": "LlavaNextProcessor" if anyres else "LlavaProcessor",
+            "processor_class": f"{family}Processor",
             "image_token": IMAGE,
             "patch_size": config["vision_config"].get("patch_size"),
             "num_additional_image_tokens": 1,

@@ -22,20 +22,24 @@ speaks of pictures. Nothing tells frames apart but their order; no layer mixes t
 Sections: configuration, the model, the processor.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from minivlm.console import note
 from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder
+from minivlm.errors import MinivlmError
 from minivlm.fuse import BaseModel, embed
 from minivlm.image_config import ImageConfig, check_film_settings
-from minivlm.images import to_pixels
+from minivlm.images import MAX_RESIZED_PIXELS, expand_to_square, mean_colour, resized_size, to_pixels
 from minivlm.inputs import Inputs
 from minivlm.models import llava
 from minivlm.models.llava import CLIP_LARGE, LlavaConfig, image_defaults, make_projector
@@ -88,14 +92,16 @@ TEMPLATE = (
 class VideoLlavaConfig:
     llava: LlavaConfig  # `drop_class_token` concerns pictures alone
     video_token_id: int
-    frame_spacing: str  # how a film's frames are chosen, see videos.py; the original does it otherwise
+    # Both are otherwise in the original repository, see video_llava_original.py:
+    frame_spacing: str  # how a film's frames are chosen, see videos.py
+    antialias: bool  # whether shrinking looks at every pixel, as Pillow does
 
     @classmethod
     def from_hf(cls, config: dict) -> "VideoLlavaConfig":
         vision = config.get("vision_config")
         base = LlavaConfig.from_hf(config | {"vision_config": TOWER if vision is None else vision})
         video_token_id = config.get("video_token_index", config.get("video_token_id", 32001))
-        return cls(base, video_token_id, config.get("frame_spacing", "arange"))
+        return cls(base, video_token_id, config.get("frame_spacing", "arange"), config.get("antialias", True))
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -160,31 +166,63 @@ class Processor(BaseProcessor):
         check_film_settings(folder, images)
         return images
 
+    def override(self, images_kwargs: dict) -> ImageConfig:
+        if images_kwargs and not self.config.antialias:
+            raise MinivlmError("a checkpoint of the original Video-LLaVA takes no image settings but its own")
+        return self.images.override(images_kwargs)
+
     def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
         c, tensors = self.config, {}
         rule = FilmRule(num_frames=NUM_FRAMES, spacing=c.frame_spacing)
         films = []  # (frames, 3, 224, 224) each
         for row in rows:
             given = zip(row.films, row.film_options, strict=True)
-            own = [self.look(open_video(film, options, rule).frames, images) for film, options in given]
+            own = [self.look_at_film(open_video(film, options, rule).frames, images) for film, options in given]
             counts = [num_image_tokens(c)] * len(row.pictures)
             film_counts = [num_video_tokens(c, len(film)) for film in own]
             expand(row, {c.llava.image_token_id: counts, c.video_token_id: film_counts})
             films += own
         pictures = [picture for row in rows for picture in row.pictures]
         if pictures:
-            tensors["pixel_values"] = self.look(pictures, images)
+            tensors["pixel_values"] = self.look(pictures, images, "bicubic")  # (N, 3, 224, 224)
         if films:
-            tensors["pixel_values_videos"] = torch.cat(films)
+            tensors["pixel_values_videos"] = torch.cat(films)  # (I, 3, 224, 224)
             tensors["video_sizes"] = torch.tensor([len(film) for film in films])
             if any(len(film) != NUM_FRAMES for film in films):
                 tell_of_frames()
         return tensors
 
-    def look(self, pictures: list[Image.Image], images: ImageConfig) -> Tensor:
-        """Pictures, or the frames of a film, → `(N, 3, 224, 224)`. Frames are resized by Pillow, as pictures are."""
-        pixels = torch.stack([to_pixels(picture, images) for picture in pictures])
-        return of_tower_size(pixels, self.config.llava.vision.image_size)
+    def look_at_film(self, frames: list[Image.Image], images: ImageConfig) -> Tensor:
+        """Frames are shown as pictures are, but never padded to a square."""
+        return self.look(frames, replace(images, do_pad=False), "bilinear")
+
+    def look(self, pictures: list[Image.Image], images: ImageConfig, original_filter: str) -> Tensor:
+        """→ `(N, 3, height, width)`."""
+        if self.config.antialias:
+            pixels = [to_pixels(picture, images) for picture in pictures]
+        else:
+            pixels = [original_pixels(picture, images, original_filter) for picture in pictures]
+        return of_tower_size(torch.stack(pixels), self.config.llava.vision.image_size)
+
+
+def original_pixels(picture: Image.Image, images: ImageConfig, filter: str) -> Tensor:
+    """As the original repository makes them: `(3, height, width)` float32 of an RGB picture.
+
+    It resizes floats, and a pixel of the result comes from the 4 nearest pixels ("bilinear", its frames) or 16
+    ("bicubic", its pictures), however many there are: shrunk pictures are rough, and the model has learned from such.
+    Of the crop's odd remainder, half is rounded to even, which may be a pixel beside `center_crop`.
+    """
+    if images.do_pad:
+        picture = expand_to_square(picture, mean_colour(images))
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1) * images.rescale_factor
+    size = resized_size((picture.height, picture.width), images.size)
+    if math.prod(size) > MAX_RESIZED_PIXELS:
+        raise MinivlmError(f"a picture of {picture.height} x {picture.width} pixels is too long: crop it first")
+    x = F.interpolate(x[None], size, mode=filter, align_corners=False)[0]  # (3, resized height, resized width)
+    top, left = (round((now - side) / 2) for now, side in zip(size, images.crop_size, strict=True))
+    x = x[:, top : top + images.crop_size[0], left : left + images.crop_size[1]]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
+    return (x - mean) / std
 
 
 @cache
