@@ -92,7 +92,7 @@ def _stream(container, name: str = ""):
 
 def _complaint(name: str, head: bytes, error: av.FFmpegError | OSError) -> str:
     what = describe(head).replace("damaged ", "")
-    if "film" in what:
+    if what.startswith(("a film", "an AVI")):
         return f"{name} is {what}, but damaged or cut off ({one_line(error.strerror)}): fetch it again"
     return f"{name} is not a film that can be opened: it looks like {what}"
 
@@ -149,8 +149,9 @@ def _list_packets(container, stream, name: str, decode_all: bool) -> list[_Place
 
     Reads the whole file, its sound too, and notes on stderr if that ends before the time that the header promises.
     """
-    guessed = container.format.name == "avi" and stream.codec_context.has_b_frames  # no times in AVI
-    tells = not (decode_all or guessed or stream.codec_context.name in HIDES_FRAMES)
+    is_avi = container.format.name == "avi"  # which does not say when a frame is shown: B-frames are out of order there
+    hides = stream.codec_context.name in HIDES_FRAMES
+    tells = not (decode_all or hides or (is_avi and stream.codec_context.has_b_frames))
     times, places = set(), []
     key = earlier = None
     end = 0.0  # seconds
@@ -171,6 +172,8 @@ def _list_packets(container, stream, name: str, decode_all: bool) -> list[_Place
             places.append(_Place(len(times), packet.pts, start))
         times.add(packet.pts)
     promised = ((container.start_time or 0) + (container.duration or 0)) / av.time_base
+    if is_avi and stream.average_rate:  # FFmpeg has corrected the duration of a shortened AVI without a word
+        promised = float(stream.frames / stream.average_rate)
     if not decode_all and end and promised - end > max(0.5, 0.02 * promised):
         note(f"{name} is cut off: {end:.1f} of its {promised:.1f} seconds are there, and are used")
     return sorted(places, key=lambda place: place.pts) if tells else None
