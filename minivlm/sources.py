@@ -138,7 +138,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 # ---- saying what a file is that cannot be opened
 
-_STARTS = {  # first bytes, leading spaces skipped, in lower case
+_STARTS = {  # first bytes; leading spaces and case do not count
     b"<!doctype html": "a web page",
     b"<html": "a web page",
     b"<svg": "an SVG drawing; export it as PNG",
@@ -163,7 +163,7 @@ def describe(head: bytes) -> str:
             return "a HEIC photo; save it as JPEG or PNG"
         return "an AVIF picture; save it as PNG" if head[8:12] in (b"avif", b"avis") else "a film (MP4 or MOV)"
     for start, what in _STARTS.items():
-        if head.lstrip().lower().startswith(start):
+        if head.lstrip().lower().startswith(start.lower()):
             return what
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # incremental: the last character may be cut

@@ -47,6 +47,14 @@ class Film:
     fps: float | None  # frames per second of the source, on average; None for frames that were given without
 
 
+@dataclass
+class Witness:
+    """A film's source that remembers what was taken of it, for those who want to know (`--dry-run`)."""
+
+    source: object
+    film: Film | None = None
+
+
 def open_video(
     source: object, options: dict, rule: FilmRule, prepare: Callable[[Image.Image, int], Image.Image] = lambda f, _: f
 ) -> Film:
@@ -61,6 +69,9 @@ def open_video(
 
     Raises MinivlmError, one line.
     """
+    if isinstance(source, Witness):
+        source.film = open_video(source.source, options, rule, prepare)
+        return source.film
     options = check_film_options(options)
     if isinstance(source, (list, tuple, np.ndarray)):
         return _given_frames(source, options, prepare)
@@ -86,8 +97,10 @@ def check_film_options(options: dict) -> dict:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if key in ("num_frames", "nframes") and not (number and value == int(value) and value >= 1):
             raise MinivlmError(f"{key} is a whole number of frames, at least 1, not {value!r}")
-        if not number or value < 0 or (key == "fps" and value == 0):
-            raise MinivlmError(f"{key} is a number above 0, not {value!r}")
+        if key == "fps" and not (number and value > 0):
+            raise MinivlmError(f"fps is a number above 0, not {value!r}")
+        if not number or value < 0:
+            raise MinivlmError(f"{key} is a number of seconds, 0 or more, not {value!r}")
     given = [key for key in ("fps", "num_frames", "nframes") if key in options]
     if len(given) > 1:
         raise MinivlmError(f"a film is sampled by {given[0]} or by {given[1]}, not by both: leave one out")
@@ -119,7 +132,7 @@ def _film(
     first, after = bisect_left(reel.times, start), bisect_right(reel.times, end)
     if first >= after:
         until = "" if end == math.inf else f" until {end:g} s"
-        raise MinivlmError(f"{name} has no frame from {start:g} s{until}: its last is shown at {reel.times[-1]:g} s")
+        raise MinivlmError(f"{name} has no frame from {start:g} s{until}: its last is shown at {reel.times[-1]:.2f} s")
     picked = sample(after - first, reel.fps, options, rule, name)
     indices = [first + number for number in picked]
     distinct = sorted(set(indices))
