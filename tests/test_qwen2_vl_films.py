@@ -1,16 +1,20 @@
 """Qwen2-VL's films: how files are sampled, how large frames are, what is announced, and the reference's own numbers."""
 
 import base64
-import io
 import json
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import av
 import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from qwen2_vl_tiny import (
     DOCUMENTED,
     FILM_SETTINGS,
@@ -29,8 +33,10 @@ from qwen2_vl_tiny import (
     their_positions,
 )  # fmt: skip
 from tiny import close, load, our_logits, picture
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from minivlm.errors import MinivlmError
+from minivlm.models.qwen2_vl import frame_size
 from minivlm.videos import sample
 
 FIXTURES = Path(__file__).with_name("fixtures") / "qwen2_vl_videos"
@@ -182,6 +188,23 @@ def test_a_long_film_has_small_frames(checkpoints, tmp_path):
     assert film_grid(with_settings(checkpoint, tmp_path / "free", limits | free)) == [[3, 20, 20]]
 
 
+@given(
+    height=st.integers(1, 2000), width=st.integers(1, 2000), num_frames=st.integers(1, 768),
+    least=st.integers(1, 200), more=st.integers(0, 2000),
+)  # fmt: skip
+def test_frames_are_as_large_as_in_transformers(checkpoints, height, width, num_frames, least, more):
+    """Its `Qwen2VLVideoProcessor.resize` with `cap_pixels_per_frame`, in cells of 8 × 8 pixels."""
+    _, vlm = checkpoints()
+    if max(height, width) > 200 * min(height, width):
+        return
+    least, most = least * 64, (least + more) * 64
+    settings, vision = vlm.processor.images, vlm.model.config.vision
+    settings = replace(settings, frames=replace(settings.frames, min_pixels=least, max_pixels=most))
+    share = int(128_000 * 64 * 0.9) * 2 // num_frames
+    theirs = smart_resize(height, width, 8, least, max(min(most, share), int(1.05 * least)))
+    assert frame_size((height, width), num_frames, {}, settings, vision) == theirs
+
+
 SETTINGS = {
     "do_sample_frames": False, "return_metadata": False, "video_processor_type": "Qwen2VLVideoProcessor",
     "size": {"shortest_edge": 4 * 64, "longest_edge": 25 * 64}, "patch_size": 4, "merge_size": 2,
@@ -261,25 +284,41 @@ def test_a_file_is_sampled_by_qwens_rule(checkpoints, tmp_path, num_frames, opti
     assert [level // 4 for level in ours] == taken
 
 
-def test_a_film_comes_from_a_path_a_file_url_a_data_uri_or_bytes(checkpoints, tmp_path):
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def url(tmp_path):
+    """Where the test's folder is on the web."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_film_comes_from_anywhere(checkpoints, tmp_path, url):
     _, vlm = checkpoints()
-    path = write_film(tmp_path / "film.mkv", 8)
-    data = base64.b64encode(path.read_bytes()).decode()
-    sources = [path, str(path), path.as_uri(), f"data:video/x-matroska;base64,{data}", path.read_bytes()]
-    inputs = [vlm.preprocess([ask({"type": "video", "video": source}, "What?")]) for source in sources]
-    inputs.append(vlm.preprocess([ask({"type": "video_url", "video_url": {"url": sources[3]}}, "What?")]))
+    path = write_film(tmp_path / "a film.mkv", 8)
+    data = "data:video/x-matroska;base64," + base64.b64encode(path.read_bytes()).decode()
+    sources = [path, str(path), path.as_uri(), data, path.read_bytes(), f"{url}/a%20film.mkv"]
+    talks = [ask({"type": "video", "video": source}, "What?") for source in sources]
+    talks.append(ask({"type": "video_url", "video_url": {"url": data}}, "What?"))
+    inputs = [vlm.preprocess([talk]) for talk in talks]
     assert all(torch.equal(i.pixel_values_videos, inputs[0].pixel_values_videos) for i in inputs)
     assert (inputs[0].input_ids == VIDEO).sum() == 2 * 9 * 15  # 48 × 80 pixels become at least 128 tokens
 
 
-def test_a_picture_comes_from_a_path_a_file_url_or_a_data_uri(checkpoints, tmp_path):
+def test_a_picture_comes_from_anywhere(checkpoints, tmp_path, url):
     _, vlm = checkpoints()
-    path, file = tmp_path / "a picture.png", io.BytesIO()
+    path = tmp_path / "a picture.png"
     picture(30, 50).save(path)
-    picture(30, 50).save(file, format="png")
-    data = base64.b64encode(file.getvalue()).decode()
-    sources = [picture(30, 50), path, path.as_uri(), f"data:image/png;base64,{data}"]
-    pixels = [vlm.preprocess([ask({"type": "image", "image": s}, "What?")]).pixel_values for s in sources]
+    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    sources = [picture(30, 50), path, path.as_uri(), data, path.read_bytes(), f"{url}/a%20picture.png"]
+    talks = [ask({"type": "image", "image": source}, "What?") for source in sources]
+    talks.append(ask({"type": "image_url", "image_url": {"url": data}}, "What?"))
+    pixels = [vlm.preprocess([talk]).pixel_values for talk in talks]
     assert all(torch.equal(p, pixels[0]) for p in pixels)
 
 
