@@ -474,7 +474,7 @@ def film_patches(
     """Patches and grid of one film: a file, which is sampled, or frames, which are all taken."""
     sampling = {key: value for key, value in options.items() if key in FILM_OPTIONS}
     options = {key: value for key, value in options.items() if key not in FILM_OPTIONS}
-    images, pair, sizes = settings.frames, vision.frames, set()
+    images, sizes = settings.frames, set()
 
     def prepare(frame: Image.Image, num_frames: int) -> Image.Image:
         full = (frame.height, frame.width)
@@ -483,13 +483,16 @@ def film_patches(
         return resize(frame, size, images.resample)
 
     film = open_video(film, sampling, settings.sampling, prepare)
-    pixels = [normalise(frame, images) for frame in film.frames]  # (3, height, width) each
-    cuts = [patchify(torch.stack(pixels[i : i + pair]), pair, vision.patch_size) for i in range(0, len(pixels), pair)]
-    grid = (len(cuts), *cuts[0][1][1:])
+    patches = []  # pair by pair: all pixels at once would be held twice
+    for start in range(0, len(film.frames), vision.frames):
+        pair = [normalise(frame, images) for frame in film.frames[start : start + vision.frames]]
+        cut, (_, h, w) = patchify(torch.stack(pair), vision.frames, vision.patch_size)
+        patches.append(cut)
+    grid = (len(patches), h, w)
     for full, size in sizes:
-        announce(f"a film of {len(pixels)} frames", full, size, grid, options, settings, vision)
+        announce(f"a film of {len(film.frames)} frames", full, size, grid, options, settings, vision)
     announce_rate(film, sampling, settings.sampling)
-    return torch.cat([patches for patches, _ in cuts]), grid
+    return torch.cat(patches), grid
 
 
 def announce(
