@@ -76,8 +76,9 @@ def load(
         elsewhere = ["vision_tower"] if tower else []
         load_weights(model, folder, keys, dtype, device, skip=[*skip, *tied_head(model), *elsewhere])
         if tower:
-            tower_keys, others = llava_original.TOWER_KEYS, llava_original.NOT_TOWER
-            load_weights(model.vision_tower, tower, tower_keys, dtype, device, skip=others)
+            thrown_away = f"encoder.layers.{model.vision_tower.config.num_layers}"  # in a OneVision's own tower
+            others = [*llava_original.NOT_TOWER, thrown_away]
+            load_weights(model.vision_tower, tower, llava_original.TOWER_KEYS, dtype, device, skip=others)
     else:
         model.to(dtype)  # still on the meta device: sizes are right, and nothing is read
     model.eval().requires_grad_(False)
@@ -102,9 +103,12 @@ def open_original(folder: Path, config: dict, offline: bool, weights: bool) -> t
         names = video_llava_original.tower_names(config)
         towers = [resolve(name, offline=offline, relative_to=folder, weights=False) for name in names]
         return video_llava_original.read(folder, config, towers), None
+    reader = llava_original
+    if llava_original.is_onevision(config):
+        from minivlm.models import llava_onevision_original as reader  # here, for the same reason
     name = llava_original.tower_name(config)
     outside = weights and not any(tensor.startswith(llava_original.INSIDE) for tensor in read_headers(folder))
-    known = name == llava_original.KNOWN_TOWER
+    known = name == reader.KNOWN_TOWER
     try:
         tower = resolve(name, offline=offline or (known and not outside), relative_to=folder, weights=outside)
     except MinivlmError as error:
@@ -114,7 +118,7 @@ def open_original(folder: Path, config: dict, offline: bool, weights: bool) -> t
         if not known:
             raise
         tower = None
-    return llava_original.read(folder, config, tower), tower if outside else None
+    return reader.read(folder, config, tower), tower if outside else None
 
 
 # What `vision=False` leaves out, under our own names.

@@ -50,6 +50,12 @@ WANTED = {  # a question; two turns behind a system message, the answer between 
         + "<image>\nWhat?<|eot_id|>" + HEAD.format("assistant") + "«A cat.<|eot_id|>»" + HEAD.format("user")
         + "Why?<|eot_id|>" + HEAD.format("assistant"),
     ),
+    "qwen_1_5": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\n«A cat.<|im_end|>\n»<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+    ),
     "plain": ("<image>\nWhat?\n", "Be brief.<image>\nWhat?\n«A cat.\n»Why?\n"),
 }  # fmt: skip
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
@@ -79,6 +85,8 @@ CHOICES = [  # style of the tokenizer, the word that ends an answer, the rest of
     ("llama", "</s>", {"model_type": "llava_mistral"}, "mistral_instruct"),
     ("llama", "</s>", {"architectures": LLAMA, "tune_mm_mlp_adapter": True}, "plain"),
     ("qwen2", "<|im_end|>", {"architectures": LLAMA}, "chatml_direct"),
+    ("qwen2", "<|im_end|>", {"architectures": ["LlavaQwenForCausalLM"]}, "qwen_1_5"),
+    ("qwen2", "<|im_end|>", {"model_type": "llava_qwen"}, "qwen_1_5"),
     ("llama3", "<|eot_id|>", {"architectures": LLAMA}, "llava_llama_3"),
     ("llama3", "<|end_of_text|>", {"architectures": LLAMA}, "llava_llama_3"),
 ]
@@ -208,7 +216,8 @@ REFUSED = [
     ({"mm_projector_type": "identity"}, "mm_projector_type"),
     ({"mm_projector_type": "mlp0x_gelu"}, "mm_projector_type"),
     ({"mm_projector_type": ["linear"]}, "mm_projector_type"),
-    ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio"),
+    ({"image_aspect_ratio": "anyres_max_9"}, "must be a SigLIP"),
+    ({"image_aspect_ratio": "highres"}, "image_aspect_ratio"),
     ({"image_aspect_ratio": ["pad"]}, "image_aspect_ratio"),
     ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"}, "mm_patch_merge_type"),
     ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}, "image_grid_pinpoints"),
@@ -219,7 +228,7 @@ REFUSED = [
     ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type"),
     ({"s2": True}, "s2"),
     ({"architectures": ["LlavaMptForCausalLM"]}, "LlavaMptForCausalLM"),
-    ({"architectures": ["LlavaQwenForCausalLM"]}, "LlavaQwenForCausalLM"),
+    ({"architectures": ["LlavaQwenForCausalLM"]}, "q_proj.bias"),  # Qwen's decoder, and this one is a Llama's
     ({"mm_vision_tower": None}, "mm_vision_tower"),
     ({"mm_vision_tower": "absent", "mm_image_tower": "LanguageBind/LanguageBind_Image"}, "mm_vision_tower"),
     ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "mm_vision_tower"),  # needed, and not on disk

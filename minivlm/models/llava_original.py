@@ -15,7 +15,7 @@ The models are those of `llava.py` and `llava_next.py`; here they are only writt
 So this file turns such a folder into what those models already understand: a config in the hub's form, the table of its
 key names, and the three parts of a processor. `vlm.load` finds the files and puts them together.
 
-Does not: read LLaVA-OneVision's or Video-LLaVA's original repositories, which it refuses by name.
+Does not: read Video-LLaVA's and LLaVA-OneVision's original repositories, which grew out of it and have their own files.
 Source: github.com/haotian-liu/LLaVA, `mm_utils.py`, `llava_arch.py`, `conversation.py`, `eval/run_llava.py`.
 
 Sections: what a config says, key names, prompts, all together, saving.
@@ -33,6 +33,7 @@ from minivlm.files import read_json
 from minivlm.image_config import ImageConfig
 from minivlm.models.llava import CLIP_LARGE, LlavaConfig, image_defaults
 from minivlm.text import Tokenizer
+from minivlm.vit import ViTConfig
 
 IMAGE = "<image>"
 KNOWN_TOWER = "openai/clip-vit-large-patch14-336"  # its sizes are CLIP_LARGE, its image settings CLIP's defaults
@@ -47,6 +48,8 @@ TEXT_MODELS = {
     "llava_llama": "llama",
     "LlavaMistralForCausalLM": "mistral",
     "llava_mistral": "mistral",
+    "LlavaQwenForCausalLM": "qwen2",
+    "llava_qwen": "qwen2",
 }
 
 
@@ -59,6 +62,11 @@ def architecture(config: dict) -> str:
     """A key of TEXT_MODELS, if the model is one that minivlm knows."""
     names = config.get("architectures")
     return names[0] if isinstance(names, list) and names else config["model_type"]
+
+
+def is_onevision(config: dict) -> bool:
+    """Whether it is a LLaVA-OneVision, which llava_onevision_original.py reads."""
+    return str(config.get("image_aspect_ratio")).startswith("anyres_max")
 
 
 def tower_name(config: dict) -> str:
@@ -160,9 +168,10 @@ KEYS = {
 }
 INSIDE = "model.vision_tower."  # what the tensors of a tower start with, where the checkpoint has one of its own
 
-# A CLIP of its own: both halves, of which only the one that sees is read; or that one alone, as transformers 5 saves.
+# A CLIP or SigLIP of its own: both halves, of which only the one that sees is read, without the head that pools; or
+# that one alone, as transformers 5 saves.
 TOWER_KEYS = {"": ("vision_model", "")}
-NOT_TOWER = ("text_model", "text_projection", "visual_projection", "logit_scale")
+NOT_TOWER = ("text_model", "text_projection", "visual_projection", "logit_scale", "logit_bias", "head")
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
@@ -218,6 +227,11 @@ CONVERSATIONS = {
         "<|start_header_id|>assistant<|end_header_id|>\n\nANSWER", "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "<|eot_id|>",
     ),
+    "qwen_1_5": _template(
+        "<|im_start|>system\n" + _system("You are a helpful assistant.") + "<|im_end|>\n",
+        "<|im_start|>user\nSAID<|im_end|>\n", "<|im_start|>assistant\nANSWER", "<|im_start|>assistant\n",
+        "<|im_end|>\n",
+    ),
     "plain": _template("{% if given %}" + _SYSTEM + "{% endif %}", "SAID\n", "ANSWER", "", "\n"),
 }  # fmt: skip
 
@@ -225,15 +239,18 @@ CONVERSATIONS = {
 def conversation_of(config: dict, tokenizer: Tokenizer) -> str:
     """The key of CONVERSATIONS that a checkpoint was trained with; the original guesses it from the folder's name.
 
-    plain, if only the projector was trained (`tune_mm_mlp_adapter`). Else by the word that ends an answer, the one of
-    `eos_token_id` in the vocabulary: `<|im_end|>` chatml_direct, `<|eot_id|>` or `<|end_of_text|>` llava_llama_3.
-    Else (`</s>`) by the text architecture: Mistral's mistral_instruct, Llama's vicuna_v1.
+    plain, if only the projector was trained (`tune_mm_mlp_adapter`). For a Qwen, qwen_1_5. Else by the word that ends
+    an answer, the one of `eos_token_id` in the vocabulary: `<|im_end|>` chatml_direct, `<|eot_id|>` or
+    `<|end_of_text|>` llava_llama_3. Else (`</s>`) by the text architecture: Mistral's mistral_instruct, Llama's
+    vicuna_v1.
     """
     ids = config.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     ends = {tokenizer.backend.id_to_token(index) for index in ids if index in range(tokenizer.vocab_size)}
     if config.get("tune_mm_mlp_adapter"):
         return "plain"
+    if TEXT_MODELS[architecture(config)] == "qwen2":
+        return "qwen_1_5"
     if "<|im_end|>" in ends:
         return "chatml_direct"
     if ends & {"<|eot_id|>", "<|end_of_text|>"}:
@@ -304,6 +321,7 @@ def hub_files(original: Original, folder: Path) -> dict[str, str]:
         "size": images.size.given(),
         "crop_size": images.crop_size and dict(zip(("height", "width"), images.crop_size, strict=True)),
     }
+    patches, ratio = ViTConfig.from_hf(config["vision_config"]).grid_side ** 2, config.get("vision_aspect_ratio")
     if images.image_grid_pinpoints:
         del settings["do_pad"]  # there it is about tiles in a batch
     files = {
@@ -315,6 +333,7 @@ def hub_files(original: Original, folder: Path) -> dict[str, str]:
             "patch_size": config["vision_config"].get("patch_size"),
             "num_additional_image_tokens": 1,
             "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+            **({"num_image_tokens": patches, "vision_aspect_ratio": ratio} if ratio else {}),
         },
         "tokenizer_config.json": read_json(folder / "tokenizer_config.json") | {
             "added_tokens_decoder": {i: {flag: getattr(added[i], flag) for flag in flags} for i in sorted(added)},
