@@ -330,13 +330,15 @@ def test_a_limit_that_bites_is_announced(checkpoints, tmp_path, capsys):
     film_grid(vlm, 3, (400, 400))
     told = capsys.readouterr().err
     assert told == (
-        "minivlm: a film of 3 frames, 400 x 400 pixels, is seen at 216 x 216, as 1458 tokens; max_pixels or fewer "
-        "frames set another limit\n"
+        "minivlm: a film of 3 frames, 400 x 400 pixels, is seen at 216 x 216, as 1458 tokens; max_pixels sets another "
+        "limit\n"
     )
     vlm.preprocess([ask(picture(160, 160), "What?")])
     assert capsys.readouterr().err == (
         "minivlm: a picture, 160 x 160 pixels, is seen at 56 x 56, as 49 tokens; max_pixels sets another limit\n"
     )
+    film_grid(with_settings(checkpoint, tmp_path / "few", {"max_video_tokens": 400}), 4, (400, 400), max_pixels=10**6)
+    assert "8 tokens; fewer frames may be larger" in capsys.readouterr().err
     slow = with_settings(checkpoint, tmp_path / "slow", {"fps": 4, "max_frames": 6})
     part = {"type": "video", "video": write_film(tmp_path / "film.mkv", 40)}
     slow.preprocess([ask(part, "What?")])

@@ -433,6 +433,12 @@ class Settings:
         pictures, frames = self.pictures.override(given), self.frames.override(given)
         return replace(self, pictures=pictures, frames=frames, asked=given.get("max_pixels"))
 
+    def share(self, num_frames: int, vision: VisionConfig) -> float:
+        """Pixels that each frame has of its film's budget."""
+        if self.film_tokens is None:
+            return math.inf
+        return self.film_tokens * vision.cell**2 * vision.frames // num_frames
+
 
 def picture_patches(
     picture: Image.Image, options: dict, settings: Settings, vision: VisionConfig
@@ -461,9 +467,7 @@ def frame_size(
     least, most = limits.min_pixels, limits.max_pixels
     if asked and "min_pixels" not in options:
         least = min(least, asked)
-    if settings.film_tokens is not None:
-        most = min(most, settings.film_tokens * vision.cell**2 * vision.frames // num_frames)
-    most = max(most, int(1.05 * least))
+    most = max(min(most, settings.share(num_frames, vision)), int(1.05 * least))
     options = {"min_pixels": least, "max_pixels": min(most, asked) if asked else most}
     return target_size(size, options, settings.frames, vision.cell)
 
@@ -509,8 +513,9 @@ def announce(
     most = options.get("max_pixels", settings.asked) or math.inf
     if math.prod(size) < math.prod(full) and math.prod(size) < math.prod(smart_resize(wanted, vision.cell, 1, most)):
         tokens = num_image_tokens(grid, vision.merge)
-        limit = "max_pixels sets another limit" if grid[0] == 1 else "max_pixels or fewer frames set another limit"
-        note(f"{what}, {full[0]} x {full[1]} pixels, is seen at {size[0]} x {size[1]}, as {tokens} tokens; {limit}")
+        crowded = settings.share(grid[0] * vision.frames, vision) < settings.frames.max_pixels
+        more = "fewer frames may be larger" if crowded and grid[0] > 1 else "max_pixels sets another limit"
+        note(f"{what}, {full[0]} x {full[1]} pixels, is seen at {size[0]} x {size[1]}, as {tokens} tokens; {more}")
 
 
 def announce_rate(film: Film, sampling: dict, rule: FilmRule):
