@@ -1,12 +1,16 @@
-"""What a model will be shown, before it runs: the exact prompt, the tiles of each picture, token counts, memory.
+"""What a model will be shown, before it runs: the exact prompt, the tiles of each picture, the frames of each film,
+token counts, memory.
 
 `--show-prompt` and `--dry-run` of the command line. No weights are read: the model may stand on the meta device.
 """
 
+from collections.abc import Iterable
 from itertools import groupby
 
 from torch import Tensor
 
+from minivlm.conversation import split_media
+from minivlm.inputs import Prompt
 from minivlm.text import Tokenizer
 
 
@@ -35,6 +39,7 @@ def is_special(token_id: int, tokenizer: Tokenizer) -> bool:
 
 def preview(vlm, question, max_new_tokens: int) -> str:
     """The report of `--dry-run` for one conversation."""
+    question, films = keep_films(question)
     inputs = vlm.preprocess([question])
     token_ids = inputs.input_ids[0].tolist()
     lines = [show_prompt(token_ids, vlm.processor.tokenizer), ""]
@@ -42,7 +47,8 @@ def preview(vlm, question, max_new_tokens: int) -> str:
         grids = [None] * len(inputs.image_sizes) if inputs.image_grids is None else inputs.image_grids.tolist()
         for number, ((height, width), grid) in enumerate(zip(inputs.image_sizes.tolist(), grids, strict=True), 1):
             lines.append(f"picture {number}: {height} × {width} pixels (height × width)")
-            lines += [] if grid is None else draw_tiles(*grid, inputs.pixel_values)
+            lines += draw_tiles(*grid, inputs.pixel_values) if grid and any(grid) else []
+    lines += film_lines(films, token_ids, vlm.processor.config.video_token_id) if films else []
     lines.append(f"prompt: {len(token_ids):,} tokens; the answer may add {max_new_tokens:,}")
     weights, cache = weight_bytes(vlm), cache_bytes(vlm, len(token_ids) + max_new_tokens)
     lines.append(
@@ -50,6 +56,50 @@ def preview(vlm, question, max_new_tokens: int) -> str:
         f"{size(cache)} for keys and values, {size(weights + cache)} together and some more to work in"
     )
     return "\n".join(lines)
+
+
+def keep_films(question: "list[dict] | Prompt") -> tuple["list[dict] | Prompt", list]:
+    """The question with its films as `KeptFilm`s, which will know what was taken of them; and these."""
+    if isinstance(question, Prompt):
+        given = question.videos
+    else:
+        messages, images, videos = split_media(question)
+        given = [source for source, _ in videos]
+    if not given:
+        return question, []
+    from minivlm.videos import KeptFilm
+
+    films = [KeptFilm(source) for source in given]
+    if isinstance(question, Prompt):
+        return Prompt(question.text, question.images, films), films
+    options = [options for _, options in videos]
+    media = {"image": iter(images), "video": iter(zip(films, options, strict=True))}
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] in media:
+                source, options = next(media[part["type"]])
+                part.update({part["type"]: source, **options})
+    return messages, films
+
+
+def film_lines(films: list, token_ids: list[int], video_token_id: int) -> list[str]:
+    """Which frames are taken, and what they cost; not film by film where no token stands between two of them."""
+    runs = [len(list(run)) for token_id, run in groupby(token_ids) if token_id == video_token_id]
+    costs = [f", {run:,} tokens" for run in runs] if len(runs) == len(films) else [""] * len(films)
+    lines = []
+    for number, (kept, cost) in enumerate(zip(films, costs, strict=True), 1):
+        film = kept.film
+        lines.append(f"film {number}: {len(film.frames)} of {film.num_source_frames} frames{cost}")
+        lines.append(f"    frames {shortened(film.indices)}")
+        if film.seconds is not None:
+            lines.append(f"    shown at {shortened(f'{second:.2f}' for second in film.seconds)} s")
+    return lines
+
+
+def shortened(values: Iterable) -> str:
+    """With an ellipsis in the middle of more than 24."""
+    words = [str(value) for value in values]
+    return ", ".join(words if len(words) <= 24 else [*words[:16], "...", *words[-4:]])
 
 
 def draw_tiles(rows: int, columns: int, pixel_values: Tensor) -> list[str]:

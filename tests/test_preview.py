@@ -5,8 +5,10 @@ import tokenizers_tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from onevision_tiny import opened, turn
+from tiny import picture
 
-from minivlm.preview import draw_tiles, show_prompt, size
+from minivlm.preview import draw_tiles, preview, show_prompt, size
 from minivlm.text import Tokenizer
 
 TOKENIZERS = {
@@ -42,6 +44,15 @@ def test_prompt_is_the_decoded_prompt_but_for_the_runs(parts):
 def test_prompt_shows_words_that_repeat_as_they_are():
     tokenizer, _ = TOKENIZERS["qwen2"]
     assert show_prompt(tokenizer.encode("a a a a!!!!!!\n\n\n\n"), tokenizer) == "a a a a!!!!!!\n\n\n\n"
+
+
+def test_a_picture_without_tiles_is_shown_without_any():
+    """LLaVA-OneVision cuts a picture into tiles that stands alone, and none of several."""
+    vlm = opened()[1]
+    alone = preview(vlm, [turn("user", picture(43, 86), "What?")], 5)
+    several = preview(vlm, [turn("user", picture(43, 86), picture(9, 9), "What?")], 5)
+    assert "an overview and 1 × 2 tiles of 43 × 43 pixels" in alone and "tiles" not in several
+    assert "picture 2: 9 × 9 pixels" in several
 
 
 def test_tiles_are_drawn_row_by_row():
