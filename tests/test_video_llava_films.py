@@ -1,9 +1,9 @@
 """Video-LLaVA's films as people have them: files, which are sampled, and the number of frames that it has learned."""
 
-import av
 import numpy as np
 import pytest
 import torch
+from films import decode, write_film
 from tiny import picture
 from video_llava_tiny import film, opened, turn
 
@@ -24,16 +24,10 @@ def notes(capsys):
     return lambda: capsys.readouterr().err.splitlines()
 
 
-def mp4(path, num_frames, height=48, width=64):
-    """A file, and its frames as transformers' `read_video_pyav` decodes them."""
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", rate=10)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for frame in film(num_frames, height, width):
-            file.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        file.mux(stream.encode())
-    with av.open(str(path)) as file:
-        return path, [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+def mp4(path, num_frames):
+    """A file of ten frames a second, and its frames."""
+    write_film(path, num_frames, rate=10)
+    return path, decode(path)
 
 
 def ask(source, **options):

@@ -10,11 +10,13 @@ import tokenizers_tiny
 import torch
 import transformers
 from tiny import load, picture
+from tokenizers import AddedToken, Tokenizer
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 from transformers.models.video_llava.processing_video_llava import VideoLlavaProcessor
 
 from minivlm.image_config import CLIP_MEAN, CLIP_STD
 
+TOKENIZER = tokenizers_tiny.llama(added=())  # once: two that are trained on the same texts may number them otherwise
 CONFIG = {
     "architectures": ["VideoLlavaForConditionalGeneration"], "model_type": "video_llava",
     "text_config": tiny.TEXTS["llama"], "vision_config": tiny.CLIP, "projector_hidden_act": "gelu",
@@ -74,7 +76,8 @@ class TheirProcessor(VideoLlavaProcessor):
 def make(folder, config, preprocessor=PREPROCESSOR):
     """A checkpoint in the hub's layout, and its oracle."""
     folder.mkdir(parents=True)
-    tokenizer = tokenizers_tiny.llama(added=("<image>", "<video>", "<pad>"))
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<image>", "<video>", "<pad>")])
     tokenizers_tiny.save(tokenizer, folder, "llama", TEMPLATE)
     ids = {f"{kind}_token_index": tokenizer.token_to_id(f"<{kind}>") for kind in ("image", "video")}
     text = config["text_config"] | {"vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}

@@ -43,7 +43,8 @@ KEYS = {
 
 SEEN = (
     "{% for part in message.content if part.type != 'text' %}"
-    "{% if part.type == 'image' %}<image>{% else %}<video>{% endif %}{% if loop.last %}\n{% endif %}{% endfor %}"
+    "{% if part.type == 'image' %}<image>{% else %}<video>{% endif %}"
+    "{% if loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
 )
 TEMPLATE = CONVERSATIONS["vicuna_v1"].replace(IMAGES, SEEN)
 
