@@ -13,7 +13,7 @@ from pathlib import Path
 from minivlm.console import explain, messages_of, note
 from minivlm.errors import MinivlmError
 
-KEYS = {"id", "prompt", "images", "system", "messages"}
+KEYS = {"id", "prompt", "images", "videos", "fps", "num_frames", "system", "messages"}
 BEGINNING = b'{"row": '  # of every line that we write
 
 
@@ -80,13 +80,19 @@ def read_row(line: bytes) -> dict:
 
 def question_of(row: dict) -> list[dict]:
     if ("messages" in row) == ("prompt" in row) or ("messages" in row and len(row.keys() & KEYS - {"id"}) > 1):
-        raise MinivlmError('a row has either "messages", or a "prompt" with "images" and "system" if you like')
+        raise MinivlmError('a row has either "messages", or a "prompt" with "images", "videos", "system" if you like')
     if "messages" in row:
         return row["messages"]
-    prompt, images, system = row["prompt"], row.get("images", []), row.get("system")
-    if not isinstance(prompt, str) or not isinstance(images, list) or not isinstance(system, str | None):
-        raise MinivlmError('"prompt" and "system" are texts, and "images" is a list')
-    return messages_of(prompt, images, system)
+    prompt, system = row["prompt"], row.get("system")
+    images, films = row.get("images", []), row.get("videos", [])
+    if not isinstance(prompt, str) or not isinstance(system, str | None):
+        raise MinivlmError('"prompt" and "system" are texts')
+    if not isinstance(images, list) or not isinstance(films, list):
+        raise MinivlmError('"images" and "videos" are lists')
+    options = {name: row[name] for name in ("fps", "num_frames") if name in row}
+    if options and not films:
+        raise MinivlmError('"fps" and "num_frames" are of "videos", of which this row has none')
+    return messages_of(prompt, images, system, films, options)
 
 
 def read_answers(answers: Path, rows: dict[int, bytes]) -> tuple[int, set[int]]:

@@ -12,7 +12,8 @@ from minivlm.errors import MinivlmError
 
 HELP = """\
 /image X   show a picture with the next question: file, URL or data: URI; several are shown in order
-/clear     forget the conversation and the pictures
+/video X   show a film with the next question, likewise
+/clear     forget the conversation, its pictures and films
 /help      this
 /quit      leave (or Ctrl-D)
 Ctrl-C     stop the answer\
@@ -21,25 +22,30 @@ Ctrl-C     stop the answer\
 
 class Chat:
     """`vlm` answers; `sampling` are the arguments of its `stream`; `system` opens every conversation. With `debug` an
-    error ends the conversation with its traceback."""
+    error ends the conversation with its traceback. `film_options`: `fps` or `num_frames` of every film."""
 
-    def __init__(self, vlm, sampling: dict, system: str | None = None, debug: bool = False):
-        self.vlm, self.sampling, self.debug = vlm, sampling, debug
+    def __init__(
+        self, vlm, sampling: dict, system: str | None = None, debug: bool = False, film_options: dict | None = None
+    ):
+        self.vlm, self.sampling, self.debug, self.film_options = vlm, sampling, debug, film_options
         self.opening = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
         self.clear()
 
     def clear(self) -> None:
         self.messages = list(self.opening)
-        self.images = []  # PIL pictures, shown with the next question
+        self.images, self.films = [], []  # PIL pictures and KeptFilms, shown with the next question
 
-    def run(self, prompt: str | None = None, images: list[str] = ()) -> int:
-        """Until /quit or the end of the input. `prompt` is asked first; `images` go with the first question."""
+    def run(self, prompt: str | None = None, images: list[str] = (), films: list[str] = ()) -> int:
+        """Until /quit or the end of the input. `prompt` is asked first; `images` and `films` go with the first
+        question."""
         at_terminal = sys.stdin.isatty()
         if at_terminal:
             import_readline()
             say("/help says what there is besides asking; Ctrl-D leaves")
         for image in images:
             self.show(image)
+        for film in films:
+            self.show_film(film)
         line = prompt or ""
         while True:
             try:
@@ -60,6 +66,8 @@ class Chat:
             say("forgotten")
         elif command == "/image":
             self.show(rest.strip())
+        elif command == "/video":
+            self.show_film(rest.strip())
         elif command.startswith("/") and "/" not in command[1:]:  # a path is a question
             say(HELP)
         elif line:
@@ -77,9 +85,23 @@ class Chat:
         self.images.append(picture)
         say(f"picture {len(self.images)} for the next question, {picture.width} × {picture.height} pixels")
 
+    def show_film(self, source: str) -> None:
+        """Looked at once, by the model's own rule, so that it need not be opened again with every question."""
+        from minivlm.videos import KeptFilm
+
+        film = KeptFilm(source)
+        try:
+            self.vlm.preprocess([messages_of("", [], None, [film], self.film_options)])
+        except MinivlmError as error:
+            note(explain(error))
+            return
+        self.films.append(film)
+        taken, there = len(film.film.frames), film.film.num_source_frames
+        say(f"film {len(self.films)} for the next question, {taken} of its {there} frames")
+
     def ask(self, text: str) -> None:
-        """Streams the answer. After an error the question counts as not asked, and its pictures wait."""
-        messages = self.messages + messages_of(text, self.images)
+        """Streams the answer. After an error the question counts as not asked, and what it shows waits."""
+        messages = self.messages + messages_of(text, self.images, None, self.films, self.film_options)
         said = ""
         try:
             for piece in self.vlm.stream(messages, **self.sampling):
@@ -95,7 +117,7 @@ class Chat:
             note(explain(error))
             return
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": said}]}]
-        self.images = []
+        self.images, self.films = [], []
 
 
 def import_readline() -> None:

@@ -6,9 +6,14 @@ from minivlm.errors import MinivlmError
 from minivlm.files import one_line
 
 
-def messages_of(prompt: str, images: list, system: str | None = None) -> list[dict]:
-    """One question as messages. Pictures come first, as the models were trained."""
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
+def messages_of(
+    prompt: str, images: list, system: str | None = None, films: list | tuple = (), film_options: dict | None = None
+) -> list[dict]:
+    """One question as messages. Pictures come first, then films, as the models were trained. `film_options`: `fps` or
+    `num_frames`, for all films."""
+    content = [{"type": "image", "image": image} for image in images]
+    content += [{"type": "video", "video": film, **(film_options or {})} for film in films]
+    content += [{"type": "text", "text": prompt}]
     before = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
     return [*before, {"role": "user", "content": content}]
 

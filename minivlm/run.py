@@ -16,7 +16,7 @@ from pathlib import Path
 from minivlm.console import explain, messages_of, note
 from minivlm.errors import MinivlmError
 
-QUESTION = "Describe the picture."  # when no question is asked
+QUESTION, FILM_QUESTION = "Describe the picture.", "Describe the video."  # when no question is asked
 
 EXAMPLES = """\
 examples:
@@ -25,6 +25,7 @@ examples:
   minivlm --ckpt llava-v1.6 --image cat.jpg -p "What is this?"
   minivlm --ckpt ./my-llava --image a.png --image b.png -p "What has changed?" --temperature 0.7 --seed 1
   minivlm --ckpt llava-v1.6 --image cat.jpg --dry-run     prompt, tiles, tokens and memory; reads no weights
+  minivlm --ckpt llava-onevision --video cat.mp4 --num-frames 16 -p "What happens?"
   minivlm --ckpt llava-v1.6 --chat --image cat.jpg        a conversation
   minivlm --ckpt llava-v1.6 --batch questions.jsonl --output answers.jsonl
 
@@ -34,12 +35,16 @@ Exit codes: 0 done, 1 an error (one line says what was wrong and what to do), 2 
 
 # What cannot stand together: the first makes no sense with any of the others.
 CONFLICTS = {
-    "batch": ("prompt", "image", "system", "messages", "raw", "chat", "json", "show_prompt", "dry_run"),
+    "batch": (
+        "prompt", "image", "video", "fps", "num_frames", "system", "messages", "raw", "chat", "json", "show_prompt",
+        "dry_run",
+    ),
     "chat": ("messages", "raw", "json", "show_prompt", "dry_run"),
-    "messages": ("prompt", "image", "system", "raw"),
-    "raw": ("system",),
+    "messages": ("prompt", "image", "video", "fps", "num_frames", "system", "raw"),
+    "raw": ("system", "fps", "num_frames"),
+    "fps": ("num_frames",),
     "dry_run": ("json", "stats"),
-}
+}  # fmt: skip
 SAMPLING = (
     "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "num_beams", "stop", "seed",
 )  # fmt: skip
@@ -65,16 +70,22 @@ FLAGS = {  # group → (names, argparse's options, help)
         ("--image -i", {"metavar": "X", "action": "append"},
          "a picture: file, http(s) URL or data: URI; repeat it for several, in order (default, with the demo model: "
          "a bundled picture)"),
+        ("--video", {"metavar": "X", "action": "append"},
+         "a film: file, http(s) URL or data: URI; repeat it for several, in order"),
+        ("--fps", {"metavar": "F", "type": float},
+         "look at this many frames of each second of a film (default: what the model was trained with)"),
+        ("--num-frames", {"metavar": "N", "type": int}, "look at this many frames of a film, evenly spaced"),
         ("--system", TEXT, "a system message before the question"),
         ("--raw", FLAG,
-         "the prompt is already rendered: no chat template; it holds one placeholder, such as <image>, per picture"),
+         "the prompt is already rendered: no chat template; it holds one placeholder, such as <image>, per picture "
+         "or film"),
         ("--messages", FILE,
          'a conversation as JSON: [{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, '
          '{"type": "text", "text": "What is this?"}]}]'),
         ("--chat", FLAG, "a conversation in the terminal; /help there says what it knows"),
         ("--batch", FILE,
-         'one question a line: {"prompt": "What is this?", "images": ["cat.jpg"]} or {"messages": [...]}, with an "id" '
-         "if you like; needs --output"),
+         'one question a line: {"prompt": "What is this?", "images": ["cat.jpg"]} or {"messages": [...]}, with '
+         '"videos" and an "id" if you like; needs --output'),
         ("--output", FILE,
          "where --batch writes one answer or error a line; called again, it goes on where it stopped"),
     ],
@@ -100,7 +111,7 @@ FLAGS = {  # group → (names, argparse's options, help)
          "one JSON object instead of text: text, token_ids, prompt_token_ids, finish_reason, stats"),
         ("--stats", FLAG, "times, tokens per second and peak memory, on stderr"),
         ("--show-prompt", FLAG, "the exact prompt, on stderr; a run of image tokens as <image>×576"),
-        ("--dry-run", FLAG, "prompt, tiles, token counts and memory needed; reads no weights"),
+        ("--dry-run", FLAG, "prompt, tiles, frames, token counts and memory needed; reads no weights"),
         ("--debug", FLAG, "a traceback where an error would be one line"),
         ("--version", FLAG, "the versions of minivlm, Python and torch"),
     ],
@@ -110,9 +121,9 @@ FLAGS = {  # group → (names, argparse's options, help)
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minivlm",
-        usage="%(prog)s [--ckpt NAME] [--image X] [--prompt TEXT] [flags below]",
-        description="Ask a vision-language model about pictures. Without arguments, a small trained model that ships\n"
-        "with the package describes a picture that ships with it: no download, no GPU.",
+        usage="%(prog)s [--ckpt NAME] [--image X] [--video X] [--prompt TEXT] [flags below]",
+        description="Ask a vision-language model about pictures and films. Without arguments, a small trained model\n"
+        "that ships with the package describes a picture that ships with it: no download, no GPU.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -142,8 +153,13 @@ def parse(argv: list[str]) -> dict:
         parser.error("--batch FILE and --output FILE go together")
     if "raw" in given and "prompt" not in given:
         parser.error("--raw needs a --prompt")
-    if "ckpt" in given and not given.keys() & {"prompt", "image", "messages", "chat", "batch", "list"}:
-        parser.error("nothing to answer: give --prompt, --image, --messages, --chat or --batch")
+    if "ckpt" in given and not given.keys() & {"prompt", "image", "video", "messages", "chat", "batch", "list"}:
+        parser.error("nothing to answer: give --prompt, --image, --video, --messages, --chat or --batch")
+    for name in ("fps", "num_frames"):
+        if name in given and not given.keys() & {"video", "chat"}:
+            parser.error(f"{as_flag(name)} needs a --video")
+        if not given.get(name, 1) > 0:
+            parser.error(f"{as_flag(name)} is above 0")
     if "revision" in given and "ckpt" not in given:
         parser.error("--revision needs a --ckpt on the hub")
     return given
@@ -206,7 +222,8 @@ def dispatch(args: dict) -> int:
     if "chat" in args:
         from minivlm.chat import Chat
 
-        return Chat(vlm, sampling, args.get("system"), "debug" in args).run(args.get("prompt"), args.get("image", []))
+        chat = Chat(vlm, sampling, args.get("system"), "debug" in args, film_options_of(args))
+        return chat.run(args.get("prompt"), args.get("image", []), args.get("video", []))
     return answer(vlm, question, sampling, args, load_seconds)
 
 
@@ -232,8 +249,8 @@ def question_of(args: dict):
     """The conversation, or the rendered prompt, that the arguments describe."""
     if "messages" in args:
         return read_messages(Path(args["messages"]))
-    images = args.get("image", [])
-    if not images and "ckpt" not in args:
+    images, films = args.get("image", []), args.get("video", [])
+    if not images and not films and "ckpt" not in args:
         from minivlm.demo import DEMO_PICTURE
 
         images = [str(DEMO_PICTURE)]
@@ -241,10 +258,15 @@ def question_of(args: dict):
     if "raw" in args:
         from minivlm.inputs import Prompt
 
-        return Prompt(args["prompt"], images=images)
+        return Prompt(args["prompt"], images, films)
+    question = FILM_QUESTION if films and not images else QUESTION
     if "prompt" not in args:
-        note(f"no --prompt: {QUESTION}")
-    return messages_of(args.get("prompt", QUESTION), images, args.get("system"))
+        note(f"no --prompt: {question}")
+    return messages_of(args.get("prompt", question), images, args.get("system"), films, film_options_of(args))
+
+
+def film_options_of(args: dict) -> dict:
+    return {name: args[name] for name in ("fps", "num_frames") if name in args}
 
 
 def read_messages(path: Path) -> list[dict]:
@@ -271,8 +293,9 @@ def checkpoint_sampling(folder: Path) -> dict:
 def answer(vlm, question, sampling: dict, args: dict, load_seconds: float) -> int:
     """One question: its answer streams to stdout, or stands in one JSON object."""
     if "show_prompt" in args:
-        from minivlm.preview import show_prompt
+        from minivlm.preview import keep_films, show_prompt
 
+        question, _ = keep_films(question)
         prompt_token_ids = vlm.preprocess([question]).input_ids[0].tolist()
         print(show_prompt(prompt_token_ids, vlm.processor.tokenizer), file=sys.stderr)
     if "json" in args:

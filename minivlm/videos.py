@@ -48,8 +48,9 @@ class Film:
 
 
 @dataclass
-class Witness:
-    """A film's source that remembers what was taken of it, for those who want to know (`--dry-run`)."""
+class KeptFilm:
+    """A film's source that is opened once and remembers what was taken of it: a conversation shows it anew with every
+    question, and `--dry-run` tells its frames. Who opens it first decides how."""
 
     source: object
     film: Film | None = None
@@ -69,8 +70,8 @@ def open_video(
 
     Raises MinivlmError, one line.
     """
-    if isinstance(source, Witness):
-        source.film = open_video(source.source, options, rule, prepare)
+    if isinstance(source, KeptFilm):
+        source.film = source.film or open_video(source.source, options, rule, prepare)
         return source.film
     options = check_film_options(options)
     if isinstance(source, (list, tuple, np.ndarray)):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from minivlm.errors import MinivlmError
+from minivlm.videos import FilmRule, open_video
 
 
 class FakeVLM:
@@ -23,6 +24,10 @@ class FakeVLM:
         self.asked = []
 
     def preprocess(self, conversations):
+        """Takes two frames of every kept film."""
+        parts = [part for messages in conversations for m in messages for part in m["content"]]
+        for film in [part["video"] for part in parts if part["type"] == "video"]:
+            open_video(film, {}, FilmRule(num_frames=2))
         return SimpleNamespace(input_ids=torch.tensor([[1, 2, 3]] * len(conversations)))
 
     def stream(self, messages, **sampling):
@@ -61,5 +66,3 @@ class Stream:
             text=answer, token_ids=ids, prompt_token_ids=[1, 2, 3], prompt_tokens=3, finish_reason="stop",
             stats={"first_token_seconds": 0.5, "tokens_per_second": 20.0, "new_tokens": len(ids)},
         )  # fmt: skip
-
-

@@ -113,7 +113,28 @@ def test_a_half_written_line_is_written_again(tmp_path_factory, cut):
     assert answers.read_bytes() == whole
 
 
+def test_films_of_a_row_come_after_its_pictures_with_its_own_rate():
+    row = {"prompt": "What?", "images": ["a.png"], "videos": ["b.mp4", "c.mp4"], "fps": 1}
+    (message,) = question_of(read_row(json.dumps(row).encode()))
+    film = {"type": "video", "fps": 1}
+    assert message["content"][1:3] == [{**film, "video": "b.mp4"}, {**film, "video": "c.mp4"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"videos": "a.mp4"}, "are lists"),
+        ({"fps": 1}, "of which this row has none"),
+        ({"messages": [], "num_frames": 3}, "a row has either"),
+    ],
+)
+def test_a_row_s_films_are_checked(changes, says):
+    with pytest.raises(MinivlmError, match=says):
+        question_of({"prompt": "What?"} | changes)
+
+
 ROWS = [
+    b'{"prompt": "What is this?", "videos": ["cat.mp4"], "num_frames": 3}',
     b'{"id": 3, "prompt": "What is this?", "images": ["cat.jpg", "dog.jpg"], "system": "be brief"}',
     b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "x"}]}]}',
     b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "text"}]}]}',

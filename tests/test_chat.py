@@ -4,6 +4,7 @@ import io
 
 import pytest
 from fake_vlm import FakeVLM
+from films import write_film
 from PIL import Image
 
 from minivlm.chat import Chat
@@ -13,10 +14,10 @@ from minivlm.chat import Chat
 def talk(monkeypatch, capsys):
     """Types the lines, returns (what the model was asked, stdout, stderr)."""
 
-    def talk(*lines, system=None, prompt=None, images=()):
+    def talk(*lines, system=None, prompt=None, images=(), films=(), film_options=None):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
         vlm = FakeVLM()
-        assert Chat(vlm, {"temperature": 0.5}, system).run(prompt, images) == 0
+        assert Chat(vlm, {"temperature": 0.5}, system, film_options=film_options).run(prompt, images, films) == 0
         out, err = capsys.readouterr()
         return [messages for messages, _ in vlm.asked], out, err
 
@@ -54,6 +55,31 @@ def test_chat_shows_a_picture_once_and_keeps_it_in_the_history(talk, picture):
     assert [count_pictures(messages) for messages in asked] == [2, 2]
     assert "picture 2 for the next question, 3 × 2 pixels" in err
     assert [part["type"] for part in asked[0][0]["content"]] == ["image", "image", "text"]
+
+
+def films_of(messages):
+    return [part for m in messages for part in m["content"] if part["type"] == "video"]
+
+
+def test_chat_shows_a_film_that_it_opens_once(talk, tmp_path):
+    path = str(write_film(tmp_path / "a.mp4", 24))
+    asked, _, err = talk(f"/video {path}", "what", "again", film_options={"fps": 2})
+    assert "film 1 for the next question, 2 of its 24 frames" in err
+    (first,), (second,) = films_of(asked[0]), films_of(asked[1])
+    assert first["fps"] == 2 and first["video"].source == path
+    assert second["video"] is first["video"] and first["video"].film.indices == [0, 12]
+
+
+def test_chat_begins_with_the_command_line_s_films_and_forgets_them(talk, tmp_path):
+    path = str(write_film(tmp_path / "a.mp4", 24))
+    asked, _, _ = talk("/clear", "later", prompt="what", films=[path, path])
+    assert [len(films_of(messages)) for messages in asked] == [2, 0]
+
+
+def test_chat_refuses_a_broken_film_at_once(talk, tmp_path):
+    (tmp_path / "a.mp4").write_text("no film")
+    asked, _, err = talk(f"/video {tmp_path / 'a.mp4'}", "/video none.mp4", "what")
+    assert films_of(asked[0]) == [] and "it looks like text" in err and "none.mp4: no such file" in err
 
 
 def test_chat_starts_with_the_command_line_s_question_and_picture(talk, picture):

@@ -5,6 +5,7 @@ import io
 import av
 import numpy as np
 import pytest
+from films import decode, picture, write_film, write_sound
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,7 +13,6 @@ from PIL import Image
 from minivlm import open_film as module
 from minivlm.errors import MinivlmError
 from minivlm.open_film import Unsure, open_film
-from tests.films import decode, picture, write_film, write_sound
 
 
 def open_path(path, decode_all=False):

@@ -1,5 +1,6 @@
 """The command line: what its flags mean, what goes to which stream, how it ends."""
 
+import io
 import json
 import os
 import shutil
@@ -8,8 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onevision_tiny
 import pytest
+import qwen2_vl_tiny
+import video_llava_tiny
 from fake_vlm import FakeVLM
+from films import write_film
 
 import minivlm
 from minivlm import run
@@ -61,6 +66,36 @@ def test_without_arguments_the_bundled_picture_is_described(command):
 def test_pictures_come_in_order_before_the_text(command):
     command("--ckpt", "x", "--image", "a.png", "-p", "Why?", "--image", "data:image/png;base64,xx")
     assert asked(command)[0] == ["a.png", "data:image/png;base64,xx", "Why?"]
+
+
+def test_films_come_in_order_after_the_pictures(command):
+    command("--ckpt", "x", "--video", "a.mp4", "-p", "Why?", "--image", "b.png", "--video", "c.mp4", "--fps", "2")
+    (message,), _ = command.vlm.asked[-1]
+    film = {"type": "video", "fps": 2}
+    assert message["content"] == [
+        {"type": "image", "image": "b.png"},
+        film | {"video": "a.mp4"},
+        film | {"video": "c.mp4"},
+        {"type": "text", "text": "Why?"},
+    ]
+
+
+def test_a_film_alone_is_described_and_no_picture_comes_with_it(command):
+    _, _, err = command("--video", "a.mp4", "--num-frames", "3")
+    (message,), _ = command.vlm.asked[-1]
+    assert message["content"] == [
+        {"type": "video", "video": "a.mp4", "num_frames": 3},
+        {"type": "text", "text": run.FILM_QUESTION},
+    ]
+    assert run.FILM_QUESTION in err
+
+
+def test_a_conversation_takes_films_and_their_rate(command, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", io.StringIO("what\n"))
+    film = str(write_film(tmp_path / "a.mp4", 24))
+    assert command("--ckpt", "x", "--chat", "--video", film, "--num-frames", "3")[0] == 0
+    (message,), _ = command.vlm.asked[-1]
+    assert message["content"][0]["num_frames"] == 3 and message["content"][0]["video"].source == film
 
 
 def test_a_given_picture_replaces_the_bundled_one(command):
@@ -188,6 +223,15 @@ USAGE_ERRORS = [
     "--raw --prompt a --system b",
     "--dry-run --json",
     "--revision main",
+    "--video a.mp4 --fps 1 --num-frames 2",
+    "--video a.mp4 --fps 0",
+    "--video a.mp4 --fps nan",
+    "--video a.mp4 --num-frames 0",
+    "--video a.mp4 --num-frames 1.5",
+    "--image a.png --fps 1",
+    "--messages a --video b",
+    "--batch a --output b --video c",
+    "--raw --prompt a --video b --fps 1",
 ]
 
 
@@ -277,6 +321,69 @@ def test_dry_run_reads_no_weights(answered, tmp_path):
             shutil.copy(file, tmp_path)
     out, _ = answered("--dry-run", "--ckpt", str(tmp_path), "--image", str(DEMO_PICTURE))
     assert "MiB for the weights" in out
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """Two seconds, 48 frames."""
+    return str(write_film(tmp_path_factory.mktemp("films") / "film.mp4", 48, rate=24))
+
+
+FAMILIES = {"qwen2_vl": qwen2_vl_tiny, "llava_onevision": onevision_tiny, "video_llava": video_llava_tiny}
+
+
+@pytest.mark.parametrize(("flags", "indices"), [([], None), (["--num-frames", "6"], 6), (["--fps", "4"], 8)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dry_run_tells_the_frames_and_what_they_cost(answered, film, family, flags, indices):
+    folder = str(FAMILIES[family].opened()[0].folder)
+    out, _ = answered("--dry-run", "--ckpt", folder, "--video", film, "-p", "What happens?", *flags)
+    taken = indices or (4 if family == "qwen2_vl" else 8)  # two a second there
+    numbers = [48 // taken * number for number in range(taken)]
+    first, frames, seconds = out[out.index("film 1") :].splitlines()[:3]
+    assert first.startswith(f"film 1: {taken} of 48 frames, ")
+    assert frames == f"    frames {', '.join(map(str, numbers))}"
+    assert seconds == f"    shown at {', '.join(f'{number / 24:.2f}' for number in numbers)} s"
+    ids = json.loads(
+        answered("--json", "--ckpt", folder, "--video", film, "-p", "What happens?", "--max-new-tokens", "1", *flags)[0]
+    )["prompt_token_ids"]
+    assert f", {max(map(ids.count, ids)):,} tokens" in first
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_films_travel_by_every_road(answered, film, tmp_path, family, monkeypatch):
+    """The flag, a file of messages, a batch and a conversation give one answer."""
+    common = ["--ckpt", str(FAMILIES[family].opened()[0].folder), "--max-new-tokens", "4"]
+    told, _ = answered(*common, "--video", film, "--num-frames", "4", "-p", "What happens?")
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "video", "video": film, "num_frames": 4},
+                {"type": "text", "text": "What happens?"},
+            ],
+        }
+    ]
+    (tmp_path / "m.json").write_text(json.dumps(messages))
+    assert answered(*common, "--messages", str(tmp_path / "m.json"))[0] == told
+    row = {"prompt": "What happens?", "videos": [film], "num_frames": 4}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"messages": messages}) + "\n")
+    answered(*common, "--batch", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "a.jsonl"))
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] + "\n" for line in lines] == [told, told]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/video {film}\nWhat happens?\n"))
+    assert answered(*common, "--chat", "--num-frames", "4")[0] == told
+
+
+def test_show_prompt_counts_the_film_s_tokens(answered, film):
+    folder = str(onevision_tiny.opened()[0].folder)
+    _, err = answered("--show-prompt", "--ckpt", folder, "--video", film, "-p", "What?", "--max-new-tokens", "1")
+    assert "<video>×" in err
+
+
+def test_a_model_without_films_says_so(capsys, film):
+    assert run.main(["--video", film]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1] == "minivlm: this model takes pictures only; give it a film's frames as pictures"
 
 
 # --- in a process of its own -----------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ import urllib.request
 import numpy as np
 import pytest
 from PIL import Image
+from test_open_image import PIXELS, encode, error_of
 
 from minivlm import open_image as module
 from minivlm import sources
 from minivlm.errors import MinivlmError
 from minivlm.open_image import open_image
 from minivlm.sources import describe, open_source
-from tests.test_open_image import PIXELS, encode, error_of
 
 # ---- URLs
 

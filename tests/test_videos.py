@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from films import decode, picture, write_film, write_sound
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,8 +15,7 @@ from PIL import Image
 from minivlm import videos as module
 from minivlm.errors import MinivlmError
 from minivlm.open_film import Reel, Unsure
-from minivlm.videos import FilmRule, Witness, open_video, sample
-from tests.films import decode, picture, write_film, write_sound
+from minivlm.videos import FilmRule, KeptFilm, open_video, sample
 
 EIGHT = FilmRule()
 QWEN = FilmRule(num_frames=None, fps=2.0, multiple_of=2, min_frames=4, max_frames=768)
@@ -183,10 +183,11 @@ def test_frames_are_prepared_one_by_one(film):
     assert {frame.size for frame in ours.frames} == {(8, 6)}
 
 
-def test_a_witness_remembers_what_was_taken(film):
-    witness = Witness(film)
-    ours = open_video(witness, {"num_frames": 2}, EIGHT)
-    assert witness.film is ours and ours.indices == [0, 24]
+def test_a_kept_film_is_opened_once_and_remembers(film):
+    kept = KeptFilm(film)
+    ours = open_video(kept, {"num_frames": 2}, EIGHT)
+    assert kept.film is ours and ours.indices == [0, 24]
+    assert open_video(kept, {"num_frames": 2}, EIGHT) is ours
 
 
 # ---- frames
