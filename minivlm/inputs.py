@@ -35,7 +35,6 @@ class Inputs:
     image_sizes: Tensor | None = None  # (N, 2) int64, the pictures' own (height, width) in pixels
     image_grids: Tensor | None = None  # (N, 2) int64, anyres: rows and columns of tiles (not among transformers' names)
     image_grid_thw: Tensor | None = None  # (N, 3) int64, Qwen2-VL: frame pairs, rows, columns of patches
-    pixel_values_images: Tensor | None = None  # (N, 3, height, width), Video-LLaVA's name for pictures
     pixel_values_videos: Tensor | None = None  # (I, 3, height, width), or (P, ...) in Qwen2-VL
     video_sizes: Tensor | None = None  # (number of films,) int64, frames of each film
     video_grid_thw: Tensor | None = None  # (number of films, 3) int64

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from films import decode, write_film
-from tiny import picture
+from tiny import load, picture, variant
 from video_llava_tiny import film, opened, turn
 
 import minivlm
@@ -113,3 +113,11 @@ def test_every_film_needs_its_placeholder(vlm, seen, told):
 def test_a_literal_that_a_user_types_is_text(vlm):
     inputs = vlm.preprocess([[turn("user", film(8), "What does <video> mean?")]])
     assert int((inputs.input_ids == vlm.model.config.video_token_id).sum()) == 208
+
+
+def test_a_film_is_no_target(tmp_path):
+    vlm = load(variant(opened()[0].folder, tmp_path / "bare", drop=["chat_template*"]))  # our template marks answers
+    talk = [turn("user", film(8), "What?"), turn("assistant", "A star.")]
+    inputs = vlm.preprocess([talk], labels=True)
+    assert vlm.processor.tokenizer.decode(inputs.labels[inputs.labels >= 0].tolist()).strip() == "A star."
+    assert (inputs.labels[inputs.input_ids == vlm.model.config.video_token_id] == -100).all()

@@ -193,11 +193,14 @@ class Processor(BaseProcessor):
         return tensors
 
     def look_at_film(self, frames: list[Image.Image], images: ImageConfig) -> Tensor:
-        """Frames are shown as pictures are, but never padded to a square."""
+        """Frames are shown as pictures are, but never padded to a square.
+
+        Pillow resizes them; transformers' processor for films resizes with torchvision, up to two grey levels beside.
+        """
         return self.look(frames, replace(images, do_pad=False), "bilinear")
 
     def look(self, pictures: list[Image.Image], images: ImageConfig, original_filter: str) -> Tensor:
-        """→ `(N, 3, height, width)`."""
+        """→ `(N, 3, height, width)`. Of a picture of 1 or 3 rows, transformers takes the rows for colours; here not."""
         if self.config.antialias:
             pixels = [to_pixels(picture, images) for picture in pictures]
         else:
