@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from minivlm.conversation import IGNORED
 from minivlm.errors import MinivlmError
 from minivlm.inputs import Inputs
 from minivlm.vlm import VLM, load
 
 SAVE_EVERY = 200  # steps between saves of the training state
+MUON_PACE = 4.0  # Muon's learning rate : AdamW's
 WARMUP = 0.03  # share of the steps over which the learning rate rises
 FLOOR = 0.02  # share of the peak that the learning rate ends at
 
@@ -60,8 +62,10 @@ def initialise(model: nn.Module, seed: int = 0):
 
 def next_token_loss(model: nn.Module, inputs: Inputs) -> Tensor:
     """Mean cross-entropy of each answer token given everything before it (labels −100 do not count)."""
-    logits = model(inputs)  # (B, T, V)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs.labels[:, 1:].flatten())
+    wanted = inputs.labels[:, 1:]
+    counts = wanted != IGNORED  # of a few hundred tokens some fifty: the others need no softmax
+    logits = model(inputs)[:, :-1]  # (B, T - 1, V)
+    return F.cross_entropy(logits[counts], wanted[counts])
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
@@ -71,6 +75,27 @@ def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
     return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizers(module: nn.Module, weight_decay: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW for all that requires a gradient; with `muon`, Muon for the matrices inside layers and AdamW for the rest.
+
+    A group's learning rate is the schedule's times its `pace`.
+    """
+    if muon and not hasattr(torch.optim, "Muon"):
+        raise MinivlmError(f"Muon came with torch 2.9, and this is {torch.__version__}: install a later one")
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    inner = {name: p for name, p in trained.items() if muon and p.dim() == 2 and "layers." in name}
+    outer = [p for name, p in trained.items() if name not in inner]
+    groups = [  # weight decay is for matrices: norms and biases have no reason to be small
+        {"params": [p for p in outer if p.dim() >= 2], "weight_decay": weight_decay, "pace": 1.0},
+        {"params": [p for p in outer if p.dim() < 2], "weight_decay": 0.0, "pace": 1.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98))]
+    if inner:
+        groups = [{"params": list(inner.values()), "weight_decay": weight_decay, "pace": MUON_PACE}]
+        optimizers.append(torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def fit(
@@ -83,28 +108,30 @@ def fit(
     autocast: bool = True,
     workers: int = 1,
     name: str = "training",
+    muon: bool = False,
 ):
-    """AdamW over `batches` (item i is the batch of step i), from wherever `state_file` says an earlier call stopped.
+    """Training over `batches` (item i is the batch of step i), from wherever `state_file` says an earlier call stopped.
+
+    AdamW; with `muon`, the matrices inside layers are updated by Muon (Jordan et al. 2024), which makes every direction
+    of an update equally large. From scratch that is worth several times as many steps; for the fine-tuning of weights
+    that AdamW made, AdamW is what is known to work.
 
     `loss(batch)` returns a scalar. The state (weights, moments, step) is saved every `SAVE_EVERY` steps and at the end,
     atomically. Parameters that require no gradient stay as they are.
     """
     num_steps = len(batches)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [  # weight decay is for matrices: norms and biases have no reason to be small
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    optimizers = make_optimizers(module, weight_decay, muon)
     start = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         start = state["step"]
 
     def save(step: int):
-        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        moments = [optimizer.state_dict() for optimizer in optimizers]
+        state = {"module": module.state_dict(), "optimizers": moments, "step": step}
         part = state_file.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, state_file)
@@ -115,16 +142,18 @@ def fit(
     module.train()
     bar = tqdm(loader, desc=name, initial=start, total=num_steps, mininterval=5)
     for step, batch in enumerate(bar, start=start):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, num_steps, learning_rate)
+        rate = learning_rate_at(step, num_steps, learning_rate)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate * group["pace"]
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             value = loss(batch)
         if not math.isfinite(value.item()):
             raise MinivlmError(f"the loss is {value.item()} at step {step}; lower the learning rate and start again")
-        optimizer.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average = value.item() if average is None else 0.98 * average + 0.02 * value.item()
         bar.set_postfix(loss=f"{average:.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0:

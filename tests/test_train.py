@@ -18,6 +18,7 @@ from minivlm.train import (
     initialise,
     learning_rate_at,
     main,
+    make_optimizers,
     next_token_loss,
     read_conversations,
 )
@@ -65,6 +66,42 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     resumed, steps = learn(60, tmp_path / "state.pt")
     assert steps == 30, "goes on from the last saved state"
     assert torch.equal(straight.weight, resumed.weight) and torch.equal(straight.bias, resumed.bias)
+
+
+def test_muon_takes_the_matrices_inside_layers():
+    module = nn.ModuleDict({"embed": nn.Embedding(8, 4), "layers": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))})
+    adam, muon = make_optimizers(module, weight_decay=0.1, muon=True)
+    assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(module["layers"][0].weight)]
+    assert sum(len(group["params"]) for group in adam.param_groups) == len(list(module.parameters())) - 1
+
+
+def test_muon_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("minivlm.train.SAVE_EVERY", 10)
+
+    def learn(state_file, stop_after=None):
+        torch.manual_seed(0)
+        module, seen = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 1))}), []
+
+        def loss(batch):
+            seen.append(batch)
+            if stop_after is not None and len(seen) > stop_after:
+                raise KeyboardInterrupt
+            return (module["layers"](batch[0]) - batch[1]).square().mean()
+
+        fit(module, Lines(40), loss, 0.01, state_file, autocast=False, workers=0, muon=True)
+        return module
+
+    straight = learn(tmp_path / "straight.pt")
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "state.pt", stop_after=25)
+    resumed = learn(tmp_path / "state.pt")
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_an_old_torch_has_no_muon(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(MinivlmError, match="torch 2.9"):
+        make_optimizers(nn.Linear(1, 1), 0.1, muon=True)
 
 
 def test_a_frozen_part_stays(tmp_path):
