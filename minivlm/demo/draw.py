@@ -159,6 +159,16 @@ def _draw_sign(paper, draw, sign, scale):
         paper.paste(ink, (round(x * scale), round(y * scale)), mask)
 
 
+def middles(scene: Scene) -> list[tuple[float, float, str]]:
+    """(y, x) in units of the middle of every thing, sign and letter, and its name: "small red star", "sign", "A"."""
+    found = [(thing.y, thing.x, f"{thing.size} {thing.colour} {thing.shape}") for thing in scene.things]
+    for sign in _signs(scene):
+        found.append((sign.y, sign.x, "sign"))
+        boxes = zip(sign.text, _sign_boxes(sign)[1], strict=True)
+        found += [(sign.y, (left + right) / 2, letter) for letter, (left, _, right, _) in boxes]
+    return found
+
+
 def label_map(scene: Scene, height: int | None = None, width: int | None = None) -> np.ndarray:
     """What is where: uint8 (height, width), an index into CLASS_NAMES per pixel of `render(scene, height, width)`. A
     letter's label fills its box and a third of the gap on either side, I's nearly half: it would hardly be seen."""

@@ -15,6 +15,7 @@ import numpy as np
 LONG_SIDE = 144  # units; as many pixels as the demo models' largest canvas has, so one unit is one pixel there
 LETTER_HEIGHT = 10.3  # units, with Q's tail; less than five pixels without it, once a poster is squashed to 72 × 72
 SIGN_HEIGHT = 17.0  # units
+CLEAR_OF_MIDDLE = 6.5  # units that a sign's middle keeps from the poster's middle line
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 SHAPES = ("circle", "square", "triangle", "star", "heart")
@@ -124,6 +125,8 @@ def draw_scene(seed: int) -> Scene:
     if rng.random() < 0.5:
         text = _sign_text(rng, held_out=seed in HELD_OUT_SEEDS)
         y, x = _point_in_cell(rng, (height, width), (rows, columns), cells[num_things], SIGN_HEIGHT / 2 + 1, 23.5)
+        if abs(y - height / 2) < CLEAR_OF_MIDDLE:  # two tiles meet there, and a letter cut in half cannot be read
+            y = height / 2 + (CLEAR_OF_MIDDLE if y > height / 2 else -CLEAR_OF_MIDDLE)
         sign = Sign(text, _place(cells[num_things], rows, columns), y, x, int(rng.integers(3)))
 
     # Half of the scenes draw from few shapes and colours: without repetition there would be nothing to count.

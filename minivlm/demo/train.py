@@ -13,23 +13,14 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from minivlm.demo.scene import letter_page
-from minivlm.demo.world import CLASS_NAMES, LONG_SIDE, TRAIN_SEEDS, conversation, corpus, draw_scene, label_map, render
-from minivlm.image_config import ImageConfig
-from minivlm.images import anyres_tiles, fitted_size
+from minivlm.demo.patches import PATCH, TILE, Patches, PatchReader
+from minivlm.demo.world import LONG_SIDE, TRAIN_SEEDS, conversation, corpus, render
 from minivlm.models import llava_next
 from minivlm.train import fit, initialise, next_token_loss
 from minivlm.weights import save_weights
 
-TILE, PATCH = 72, 12  # pixels
-SIDE = TILE // PATCH  # patches
 CANVASES = [[144, 144], [72, 144], [144, 72]]  # (height, width) in pixels
 # Longer sides of training pictures in pixels; at LONG_SIDE nothing has to be resized. Users' pictures are larger.
 SIDES = (LONG_SIDE, LONG_SIDE, 2 * LONG_SIDE, 216, 180, 336)
@@ -72,10 +63,10 @@ CONFIG = {
     "text_config": {
         "model_type": "llama",
         "hidden_size": 144,
-        "intermediate_size": 400,
+        "intermediate_size": 384,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -161,69 +152,11 @@ class Talks(Dataset):
         return self.processor(talks, labels=True, add_generation_prompt=False)
 
 
-class Patches(Dataset):
-    """Batch i: tiles `(I, 3, height, width)`; for each patch, the classes that cover a tenth of it, and its place."""
-
-    def __init__(self, images: ImageConfig, num_batches: int, batch_size: int):
-        self.images, self.num_batches, self.batch_size = images, num_batches, batch_size
-
-    def __len__(self):
-        return self.num_batches
-
-    def __getitem__(self, index: int):
-        """Half posters, half pages of letters: from signs alone, small and rare, reading takes ten times as long."""
-        pixels, targets = [], []
-        for i, seed in enumerate(TRAIN_SEEDS[index * self.batch_size : (index + 1) * self.batch_size]):
-            scene = draw_scene(seed) if i % 2 else letter_page(seed)
-            views = slice(0 if i % 2 else 1, None)  # nobody can read a page's overview
-            pixels.append(anyres_tiles(render(scene, scene.height, scene.width), self.images)[views])
-            classes = classes_of_patches(label_map(scene, scene.height, scene.width))[views]
-            targets.append(torch.cat([classes, places_of_patches().expand(len(classes), -1, -1)], dim=-1))
-        return torch.cat(pixels), torch.cat(targets)
-
-
-def classes_of_patches(labels: np.ndarray) -> Tensor:
-    """Label map (height, width) → `(5, P, classes)`, overview and tiles: 1 where a class covers a tenth of a patch."""
-    canvas = Image.fromarray(labels)
-    overview = np.array(canvas.resize((TILE, TILE), Image.Resampling.NEAREST))
-    height, width = fitted_size(labels.shape, (LONG_SIDE, LONG_SIDE))
-    top, left = (LONG_SIDE - height) // 2, (LONG_SIDE - width) // 2
-    canvas = canvas.crop((-left, -top, LONG_SIDE - left, LONG_SIDE - top))
-    tiles = np.array(canvas).reshape(2, TILE, 2, TILE).swapaxes(1, 2).reshape(4, TILE, TILE)
-    views = torch.from_numpy(np.concatenate([overview[None], tiles])).long()  # (5, TILE, TILE)
-    patches = views.view(5, SIDE, PATCH, SIDE, PATCH).transpose(2, 3).reshape(5, SIDE * SIDE, PATCH * PATCH)
-    counts = torch.zeros(5, SIDE * SIDE, len(CLASS_NAMES)).scatter_add_(2, patches, torch.ones(patches.shape))
-    return (counts >= 0.1 * PATCH * PATCH).float()
-
-
-def places_of_patches() -> Tensor:
-    """`(P, 2 · SIDE)`: row and column of each patch, one-hot.
-
-    The decoder's own positions only count tokens: if a feature forgets its place, nobody can tell where things are.
-    """
-    rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-    return torch.cat([F.one_hot(rows.flatten(), SIDE), F.one_hot(columns.flatten(), SIDE)], dim=-1).float()
-
-
-class PatchReader(nn.Module):
-    """The tower with a linear reading of every patch: what it sees, and where, it must be able to say."""
-
-    def __init__(self, tower: nn.Module, width: int):
-        super().__init__()
-        self.tower = tower
-        self.head = nn.Linear(width, len(CLASS_NAMES) + 2 * SIDE)
-
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        pixels, targets = batch
-        logits = self.head(self.tower(pixels, (-1,), True))  # (I, P, classes + places)
-        return F.binary_cross_entropy_with_logits(logits, targets) * len(CLASS_NAMES)
-
-
 def main():
     parser = argparse.ArgumentParser(prog="python -m minivlm.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--see", type=int, default=4700, help="steps of the first stage (default: %(default)s)")
-    parser.add_argument("--talk", type=int, default=1280, help="steps of the second stage (default: %(default)s)")
+    parser.add_argument("--see", type=int, default=3000, help="steps of the first stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=6000, help="steps of the second stage (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default: %(default)s)")
     args = parser.parse_args()
 
@@ -237,12 +170,12 @@ def main():
 
     reader = PatchReader(model.vision_tower, config["vision_config"]["hidden_size"])
     seen = Patches(processor.images, args.see, args.batch_size)
-    fit(reader, seen, reader.loss, 1.5e-3, work / "see.pt", name="seeing")
+    fit(reader, seen, reader.loss, 2e-3, work / "see.pt", name="seeing", muon=True)
 
     talks = Talks(processor, args.talk, args.batch_size, first_seed=args.see * args.batch_size)
     # Frozen, as in LLaVA-1.5: the first gradients of the language model are noise, which would soon blind the tower.
     model.vision_tower.requires_grad_(False)
-    fit(model, talks, lambda batch: next_token_loss(model, batch), 2e-3, work / "talk.pt", name="talking")
+    fit(model, talks, lambda batch: next_token_loss(model, batch), 2e-3, work / "talk.pt", name="talking", muon=True)
     save_weights(model.half(), args.out, llava_next.KEYS)
     shutil.rmtree(work)
 
