@@ -33,7 +33,7 @@ from minivlm.decoder import Decoder
 from minivlm.errors import MinivlmError
 from minivlm.fuse import BaseModel, embed
 from minivlm.image_config import CLIP_DEFAULTS, ImageConfig, check_film_settings
-from minivlm.images import anyres_grid, anyres_tiles, to_pixels, unpadded_grid
+from minivlm.images import anyres_grid, anyres_tiles, resize, resized_size, to_pixels, unpadded_grid
 from minivlm.inputs import Inputs
 from minivlm.models import llava_next
 from minivlm.models.llava import LlavaConfig, make_projector
@@ -57,6 +57,8 @@ SIGLIP_SO400M = {
 
 # Every grid of up to 6 × 6 tiles: transformers' default, and what all published checkpoints say.
 PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
+
+AT_ONCE = 16  # tiles or frames in the tower: 48 would need another gigabyte for what the layers pass on
 
 # What transformers' LlavaOnevisionImageProcessor takes where a file is silent. Trap: the mean and std of a CLIP; the
 # published files have SigLIP's, 0.5 for all.
@@ -142,7 +144,8 @@ class Model(BaseModel):
     def look(self, pixels: Tensor) -> Tensor:
         """`pixels (I, 3, height, width)` of tiles or frames → their patches, projected: `(I, P, D)`."""
         c = self.config.llava
-        return self.multi_modal_projector(self.vision_tower(pixels, c.feature_layers, c.drop_class_token))
+        some = [self.vision_tower(x, c.feature_layers, c.drop_class_token) for x in pixels.split(AT_ONCE)]
+        return self.multi_modal_projector(torch.cat(some))
 
     def encode_images(self, inputs: Inputs) -> Tensor:
         """`pixel_values (I, 3, height, width)`, the tiles of one picture after another → image tokens `(N, D)`."""
@@ -248,7 +251,7 @@ class Processor(BaseProcessor):
         for row in rows:
             own = tiles_of(row.pictures, images)
             given = zip(row.films, row.film_options, strict=True)
-            own_films = [frames_of(open_video(film, options, rule).frames, images) for film, options in given]
+            own_films = [frames_of(film, options, rule, images) for film, options in given]
             sizes = [(picture.height, picture.width) for picture in row.pictures]
             counts = [num_image_tokens(c, size, grid) for size, (_, grid) in zip(sizes, own, strict=True)]
             film_counts = [num_video_tokens(c, len(frames)) for frames in own_films]
@@ -278,9 +281,15 @@ def tiles_of(pictures: list[Image.Image], images: ImageConfig) -> list[tuple[Ten
     return [(to_pixels(picture, square)[None], (0, 0)) for picture in pictures]
 
 
-def frames_of(frames: list[Image.Image], images: ImageConfig) -> Tensor:
-    """Pixels `(frames, 3, height, width)`: every frame squashed to a square."""
-    return torch.stack([to_pixels(frame, replace(images, do_pad=False)) for frame in frames])
+def frames_of(film: object, options: dict, rule: FilmRule, images: ImageConfig) -> Tensor:
+    """Pixels `(frames, 3, height, width)` of a film: every frame squashed to a square, as soon as it is decoded."""
+    images = replace(images, do_pad=False)
+
+    def squash(frame: Image.Image, _: int) -> Image.Image:
+        size = resized_size((frame.height, frame.width), images.size)
+        return resize(frame, size, images.resample) if images.do_resize else frame
+
+    return torch.stack([to_pixels(frame, images) for frame in open_video(film, options, rule, squash).frames])
 
 
 def image_defaults(config: LlavaOnevisionConfig) -> dict:
