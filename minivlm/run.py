@@ -75,6 +75,9 @@ FLAGS = {  # group → (names, argparse's options, help)
         ("--fps", {"metavar": "F", "type": float},
          "look at this many frames of each second of a film (default: what the model was trained with)"),
         ("--num-frames", {"metavar": "N", "type": int}, "look at this many frames of a film, evenly spaced"),
+        ("--min-pixels", {"metavar": "N", "type": int},
+         "Qwen2-VL: enlarge pictures, and frames of films, to at least this area (default: the checkpoint's)"),
+        ("--max-pixels", {"metavar": "N", "type": int}, "Qwen2-VL: shrink them to at most this area"),
         ("--system", TEXT, "a system message before the question"),
         ("--raw", FLAG,
          "the prompt is already rendered: no chat template; it holds one placeholder, such as <image>, per picture "
@@ -235,7 +238,11 @@ def open_vlm(args: dict, weights: bool):
     if "kernels" in args:
         ops.set_backend(args["kernels"])
     given = {name: args[name] for name in ("device", "dtype", "revision", "offline") if name in args}
-    return load(args["ckpt"] if "ckpt" in args else demo_checkpoint(), weights=weights, **given)
+    vlm = load(args["ckpt"] if "ckpt" in args else demo_checkpoint(), weights=weights, **given)
+    limits = {name: args[name] for name in ("min_pixels", "max_pixels") if name in args}
+    if limits:
+        vlm.processor.images = vlm.processor.override(limits)
+    return vlm
 
 
 def demo_checkpoint() -> Path:

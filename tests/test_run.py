@@ -386,6 +386,15 @@ def test_a_model_without_films_says_so(capsys, film):
     assert err[-1] == "minivlm: this model takes pictures only; give it a film's frames as pictures"
 
 
+def test_limits_of_pixels_are_those_of_pictures_and_frames(answered, film):
+    """In cells of 8 × 8 pixels: 16 of a square picture, and 12 of each frame pair."""
+    seen = ["--ckpt", str(qwen2_vl_tiny.opened()[0].folder), "--image", str(DEMO_PICTURE), "--video", film]
+    out, err = answered("--dry-run", *seen, "--max-pixels", "1024")
+    assert "<|image_pad|>×16<" in out and "film 1: 4 of 48 frames, 24 tokens" in out
+    assert err == "minivlm: no --prompt: Describe the picture.\n"  # nothing was shrunk without being asked for
+    assert run.main(["--max-pixels", "1024"]) == 1  # the demo model has no such limit
+
+
 # --- in a process of its own -----------------------------------------------------------------------------------------
 
 

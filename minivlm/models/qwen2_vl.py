@@ -431,7 +431,7 @@ class Settings:
         """With a caller's settings on top, for pictures and frames alike."""
         given = pixel_limits(images_kwargs)
         pictures, frames = self.pictures.override(given), self.frames.override(given)
-        return replace(self, pictures=pictures, frames=frames, asked=given.get("max_pixels"))
+        return replace(self, pictures=pictures, frames=frames, asked=given.get("max_pixels", self.asked))
 
     def share(self, num_frames: int, vision: VisionConfig) -> float:
         """Pixels that each frame has of its film's budget."""
