@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from minivlm import ops
 from minivlm.ops.patch_merge import patch_merge_reference
+from minivlm.ops.patchify import patchify_reference
 from minivlm.ops.rms_norm import add_rms_norm_reference, rms_norm_reference
 from minivlm.ops.rope import apply_rope_reference
 
@@ -40,6 +41,11 @@ def cases(T, dtype, device):
         grids = torch.tensor([[1, 2, T // 4], [1, T // 4, 2]])
         arguments = (x, grids, 2, weight, bias, 1e-6)
         yield "patch_merge", f"{T} x 1280", ops.patch_merge, patch_merge_reference, arguments, 2 * size(x)
+        rows = 1 << (T.bit_length() - 1) // 2
+        height, width = 14 * rows, 14 * (T // rows)
+        pixels = torch.randint(256, (1, height, width, 3), dtype=torch.uint8, device=device)
+        arguments, moved = (pixels, draw(3, 256), 2, 14), size(pixels) * (1 + 2 * dtype.itemsize)
+        yield "patchify", f"{height} x {width}", ops.patchify, patchify_reference, arguments, moved
 
 
 def size(x):

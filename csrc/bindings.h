@@ -252,6 +252,39 @@ std::tuple<Tensor, Tensor, Tensor> patch_merge_backward(const Tensor& any_grad, 
   return {grad_x, grad_weight.sum(0).to(x.scalar_type()), grad_bias.sum(0).to(x.scalar_type())};
 }
 
+void check_patchify(const Tensor& pixels, const Tensor& table, int64_t depth, int64_t side) {
+  const char* op = "patchify";
+  TORCH_CHECK(pixels.dim() == 4 && pixels.size(3) == 3 && pixels.scalar_type() == at::kByte, op, ": pixels are ",
+              pixels.scalar_type(), " ", pixels.sizes(), "; they must be uint8 (frames, height, width, 3)");
+  TORCH_CHECK(table.dim() == 2 && table.size(0) == 3 && table.size(1) == 256 && table.device() == pixels.device(), op,
+              ": table is ", table.sizes(), " on ", table.device(), "; it must be (3, 256) on ", pixels.device());
+  const bool fits = depth >= 1 && side >= 1 && depth < 32768 && side < 32768 && 3 * depth * side * side < 1 << 30;
+  TORCH_CHECK(fits, op, ": a patch of ", depth, " frames of ", side, " x ", side, " pixels");
+  TORCH_CHECK(pixels.size(1) % side == 0 && pixels.size(2) % side == 0, op, ": ", pixels.size(1), " x ",
+              pixels.size(2), " pixels are no whole patches of ", side, " x ", side);
+}
+
+Tensor patchify(const Tensor& any_pixels, const Tensor& any_table, int64_t depth, int64_t side) {
+  check_patchify(any_pixels, any_table, depth, side);
+  const Launch launch(any_pixels);
+  const Tensor pixels = any_pixels.contiguous(), table = any_table.contiguous();
+  const int64_t frames = pixels.size(0), height = pixels.size(1), width = pixels.size(2);
+  const int64_t P = (frames + depth - 1) / depth * (height / side) * (width / side);
+  Tensor y = at::empty({P, 3 * depth * side * side}, table.options());
+  MINIVLM_BACKEND::patchify({.type = type_of(table),
+                             .frames = frames,
+                             .height = height,
+                             .width = width,
+                             .depth = depth,
+                             .side = side,
+                             .patches = P,
+                             .pixels = pixels.const_data_ptr<uint8_t>(),
+                             .table = table.const_data_ptr(),
+                             .y = y.data_ptr()},
+                            launch.stream());
+  return y;
+}
+
 // Called by the including file's TORCH_LIBRARY_IMPL, which names the library and torch's dispatch key.
 void implement_ops(torch::Library& m) {
   m.impl("rms_norm", rms_norm);
@@ -260,6 +293,7 @@ void implement_ops(torch::Library& m) {
   m.impl("apply_rope", apply_rope);
   m.impl("patch_merge", patch_merge);
   m.impl("patch_merge_backward", patch_merge_backward);
+  m.impl("patchify", patchify);
 }
 
 }  // namespace

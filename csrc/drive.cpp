@@ -154,6 +154,23 @@ void drive_patch_merge(Type type) {
   compare<T>(grad_bias[1], grad_bias[0], "patch_merge: gradient of bias");
 }
 
+template <class T>
+void drive_patchify(Type type) {
+  const int64_t frames = pick({0, 1, 2, 3}), depth = pick({1, 2, 3}), side = pick({1, 2, 5, 14});
+  const int64_t rows = pick({0, 1, 2, 5}), columns = pick({1, 2, 5}), shift = pick({0, 0, 1, 3});
+  const int64_t height = rows * side, width = columns * side, P = (frames + depth - 1) / depth * rows * columns;
+  Buffer<uint8_t> pixels(frames * height * width * 3, shift);
+  for (size_t i = 0; i < pixels.count; i++) pixels.data()[i] = uint8_t(generator());
+  Buffer<T> table(3 * 256, shift), y[] = {Buffer<T>(P * 3 * depth * side * side), Buffer<T>(P * 3 * depth * side * side)};
+  table.randomise();
+  for (int emulated : {0, 1}) {
+    const Patchify a = {type, frames, height, width, depth, side, P, pixels.data(), table.data(), y[emulated].data()};
+    emulated ? cuda::patchify(a, nullptr) : cpu::patchify(a);
+  }
+  expect(std::memcmp(y[0].data(), y[1].data(), y[0].count * sizeof(T)) == 0, "patchify, to the last bit");
+  compare<T>(y[1], y[0], "patchify leaves nothing unwritten");
+}
+
 uint16_t half_of(float value) {
   float16 half;
   narrow(value, half);
@@ -186,6 +203,7 @@ int main(int count, char** arguments) {
       drive_rms_norm<decltype(zero)>(type);
       drive_rope<decltype(zero)>(type);
       drive_patch_merge<decltype(zero)>(type);
+      drive_patchify<decltype(zero)>(type);
     });
   }
   std::printf("%d rounds, %d failures\n", rounds, failures);

@@ -78,12 +78,23 @@ struct PatchMergeBackward {
   int64_t* sources;               // (patches): scratch
 };
 
+struct Patchify {
+  Type type;                      // of table and y
+  int64_t frames, height, width;  // of the film; a picture is a film of one frame
+  int64_t depth, side;            // of a patch, in frames and pixels; side divides height and width
+  int64_t patches;                // ceil(frames / depth) * height / side * width / side
+  const uint8_t* pixels;          // (frames, height, width, 3)
+  const void* table;              // (3, 256): what a byte becomes in each colour
+  void* y;                        // (patches, 3 * depth * side * side)
+};
+
 namespace cpu {
 void rms_norm(const RmsNorm&, void* stream = nullptr);  // a CPU has no streams: ignored
 void rms_norm_backward(const RmsNormBackward&, void* stream = nullptr);
 void rope(const Rope&, void* stream = nullptr);
 void patch_merge(const PatchMerge&, void* stream = nullptr);
 void patch_merge_backward(const PatchMergeBackward&, void* stream = nullptr);
+void patchify(const Patchify&, void* stream = nullptr);
 }  // namespace cpu
 
 namespace cuda {
@@ -92,6 +103,7 @@ void rms_norm_backward(const RmsNormBackward&, void* stream);
 void rope(const Rope&, void* stream);
 void patch_merge(const PatchMerge&, void* stream);
 void patch_merge_backward(const PatchMergeBackward&, void* stream);
+void patchify(const Patchify&, void* stream);
 }  // namespace cuda
 
 }  // namespace minivlm

@@ -16,6 +16,7 @@ inline void define_ops(torch::Library& m) {
   m.def(
       "patch_merge_backward(Tensor grad, Tensor x, Tensor grid_thw, int merge, Tensor weight, float eps) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def("patchify(Tensor pixels, Tensor table, int depth, int side) -> Tensor");
 }
 
 }  // namespace minivlm

@@ -111,22 +111,27 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def normalise(image: Image.Image, config: ImageConfig) -> torch.Tensor:
-    """RGB picture -> (3, height, width) float32. A uint8 has 256 values, so the arithmetic is done once on those."""
-    table = _normalised_values(
-        config.rescale_factor if config.do_rescale else 1.0,
-        config.image_mean if config.do_normalize else (0.0, 0.0, 0.0),
-        config.image_std if config.do_normalize else (1.0, 1.0, 1.0),
-    )
-    pixels = np.asarray(image)  # (height, width, 3)
+    """RGB picture -> (3, height, width) float32."""
+    table, pixels = pixel_table(config), np.asarray(image)  # (3, 256), (height, width, 3)
     out = np.empty((3, image.height, image.width), dtype=np.float32)
     for channel in range(3):
         np.take(table[channel], pixels[:, :, channel], out=out[channel], mode="clip")  # "clip": without a copy of `out`
     return torch.from_numpy(out)
 
 
+def pixel_table(config: ImageConfig) -> np.ndarray:
+    """-> (3, 256) float32: what each uint8 becomes in each channel. It has 256 values, so rescaling and normalising,
+    each if the config says so, are done once on those. To be read only: it is kept for the next picture."""
+    return _pixel_table(
+        config.rescale_factor if config.do_rescale else 1.0,
+        config.image_mean if config.do_normalize else (0.0, 0.0, 0.0),
+        config.image_std if config.do_normalize else (1.0, 1.0, 1.0),
+    )
+
+
 @functools.lru_cache(maxsize=8)
-def _normalised_values(factor: float, mean: tuple, std: tuple) -> np.ndarray:
-    """-> (3, 256) float32: what each uint8 becomes in each channel. Rescaled in float64, normalised in float32."""
+def _pixel_table(factor: float, mean: tuple, std: tuple) -> np.ndarray:
+    """Rescaled in float64, normalised in float32, as the reference does."""
     values = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
     return (values - np.array(mean, dtype=np.float32)[:, None]) / np.array(std, dtype=np.float32)[:, None]
 

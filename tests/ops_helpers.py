@@ -50,7 +50,7 @@ def laid_out(x, layout):
     if layout == "unaligned":  # one element into a buffer, where 16-byte accesses are not allowed
         return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
     if layout == "strided":  # every second element of something wider
-        return torch.stack((x, torch.full_like(x, float("nan"))), -1)[..., 0]
+        return torch.stack((x, torch.full_like(x, float("nan") if x.is_floating_point() else 99)), -1)[..., 0]
     if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     return x

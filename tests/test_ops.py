@@ -86,6 +86,15 @@ def test_patch_merge_compiles_without_a_break(backend):
 
 
 @kernels
+def test_patchify_compiles_without_a_break(backend):
+    with on(backend):
+        torch.compiler.reset()
+        compiled = torch.compile(ops.patchify, fullgraph=True, backend="aot_eager")
+        arguments = torch.arange(144, dtype=torch.uint8).view(3, 4, 4, 3), randn(3, 256), 2, 2
+        assert torch.equal(compiled(*arguments), ops.patchify(*arguments))
+
+
+@kernels
 def test_compiled_code_follows_the_choice_of_backend(backend):
     """A graph traced with kernels must not be replayed when the reference is asked for."""
     seen = []
@@ -120,6 +129,7 @@ def test_ops_pass_opcheck(backend):
         torch.library.opcheck(op.rms_norm_backward, (x, None, x, weight, 1e-6))
         torch.library.opcheck(op.rms_norm_backward, (x, x, x, weight, 1e-6))
         torch.library.opcheck(op.patch_merge_backward, (randn(2, 32), randn(8, 8), grids, 2, weight, 1e-6))
+        torch.library.opcheck(op.patchify, (torch.ones(3, 4, 6, 3, dtype=torch.uint8), randn(3, 256), 2, 2))
 
 
 def test_meta_tensors_have_shapes_and_no_backend():

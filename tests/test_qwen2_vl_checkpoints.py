@@ -15,6 +15,7 @@ from qwen2_vl_tiny import (
     PREPROCESSOR,
     START,
     ask,
+    by_cell,
     film,
     of_inputs,
     opened,
@@ -128,6 +129,26 @@ def test_every_spelling_of_the_limits_is_read(checkpoints, tmp_path, settings):
     rest = {key: value for key, value in PREPROCESSOR.items() if not key.endswith("pixels")}
     tiny.write_json(folder / "preprocessor_config.json", rest | settings)
     assert load(folder).processor.images == vlm.processor.images
+
+
+@pytest.mark.parametrize("change", [
+    {"do_rescale": False},
+    {"do_normalize": False},
+    {"do_rescale": False, "do_normalize": False},
+    {"rescale_factor": 0.013},
+    {"image_mean": [0.1, 0.2, 0.3]},
+    {"image_std": [0.4, 0.5, 0.6]},
+    {"resample": 2},
+], ids=lambda change: " ".join(change))  # fmt: skip
+def test_every_setting_of_the_pixels_is_heeded_to_the_last_bit(checkpoints, change):
+    _, vlm = checkpoints()
+    plain, ours = (
+        vlm.preprocess([ask({"type": "image", "image": picture(47, 91)}, "What?")], images_kwargs=kwargs)
+        for kwargs in ({}, change)
+    )
+    theirs = Qwen2VLImageProcessorPil(**PREPROCESSOR | change)(picture(47, 91), return_tensors="pt")["pixel_values"]
+    assert torch.equal(by_cell(ours.pixel_values, ours.image_grid_thw), theirs)
+    assert not torch.equal(ours.pixel_values, plain.pixel_values)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// What the three kernels share: 16-byte packs, sums over a row, and the launch.
+// What the kernels share: 16-byte packs, sums over a row, and the launch.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

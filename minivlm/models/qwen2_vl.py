@@ -26,6 +26,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -40,7 +41,7 @@ from minivlm.errors import MinivlmError
 from minivlm.files import read_json
 from minivlm.fuse import BaseModel, embed
 from minivlm.image_config import CLIP_DEFAULTS, ImageConfig
-from minivlm.images import normalise, resize
+from minivlm.images import pixel_table, resize
 from minivlm.inputs import Inputs
 from minivlm.layers import MLP, Linear, activation, attention
 from minivlm.models.llava import is_tied
@@ -341,17 +342,17 @@ def num_image_tokens(grid: tuple[int, int, int], merge: int) -> int:
     return math.prod(grid) // merge**2
 
 
-def patchify(frames: Tensor, frames_per_patch: int, side: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """`frames (I, 3, height, width)` → patches `(P, 3 · frames · side²)` in raster order, and their grid (t, h, w).
+def patchify(
+    frames: list[Image.Image], images: ImageConfig, vision: VisionConfig
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Frames of one size, a picture's or a film's → patches `(P, patch_dim)` in raster order, and their grid (t, h, w).
 
-    A picture is a film of one frame. The last frame is repeated where it has no partner.
+    The last frame is repeated where it has no partner.
     """
-    missing = -len(frames) % frames_per_patch
-    frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-    I, _, height, width = frames.shape
-    t, h, w = I // frames_per_patch, height // side, width // side
-    x = frames.view(t, frames_per_patch, 3, h, side, w, side).permute(0, 3, 5, 2, 1, 4, 6)
-    return x.reshape(t * h * w, -1), (t, h, w)
+    pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))  # (I, height, width, 3)
+    patches = ops.patchify(pixels, torch.from_numpy(pixel_table(images)), vision.frames, vision.patch_size)
+    height, width = pixels.shape[1:3]
+    return patches, (-(-len(frames) // vision.frames), height // vision.patch_size, width // vision.patch_size)
 
 
 def pixel_limits(settings: dict) -> dict:
@@ -446,8 +447,7 @@ def picture_patches(
     """Patches `(P, patch_dim)` and grid of one picture."""
     images, full = settings.pictures, (picture.height, picture.width)
     size = target_size(full, options, images, vision.cell)
-    pixels = normalise(resize(picture, size, images.resample), images)  # (3, height, width)
-    patches, grid = patchify(pixels[None], vision.frames, vision.patch_size)
+    patches, grid = patchify([resize(picture, size, images.resample)], images, vision)
     announce("a picture", full, size, grid, options, settings, vision)
     return patches, grid
 
@@ -487,16 +487,11 @@ def film_patches(
         return resize(frame, size, images.resample)
 
     film = open_video(film, sampling, settings.sampling, prepare)
-    patches = []  # pair by pair: all pixels at once would be held twice
-    for start in range(0, len(film.frames), vision.frames):
-        pair = [normalise(frame, images) for frame in film.frames[start : start + vision.frames]]
-        cut, (_, h, w) = patchify(torch.stack(pair), vision.frames, vision.patch_size)
-        patches.append(cut)
-    grid = (len(patches), h, w)
+    patches, grid = patchify(film.frames, images, vision)
     for full, size in sizes:
         announce(f"a film of {len(film.frames)} frames", full, size, grid, options, settings, vision)
     announce_rate(film, sampling, settings.sampling)
-    return torch.cat(patches), grid
+    return patches, grid
 
 
 def announce(

@@ -43,7 +43,7 @@ def _state(library: str) -> str:
 
 def _used_for(kind: str) -> str:
     """All ops of a library come together, so one answer holds for each of them."""
-    names = "rms_norm, add_rms_norm, apply_rope, patch_merge"
+    names = "rms_norm, add_rms_norm, apply_rope, patch_merge, patchify"
     if kind == "cuda" and not torch.cuda.is_available():
         return "none on this machine"
     return f"{names}: {kind if kind in ops.backends() else 'reference'}"
@@ -57,11 +57,13 @@ def _self_check() -> int:
         draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
         x, weight, q, k = draw(64, 1280), draw(1280), draw(1, 64, 16, 80), draw(1, 64, 2, 80)
         positions = torch.arange(128, device=device).view(2, 1, 64)
+        film = torch.randint(256, (3, 28, 56, 3), dtype=torch.uint8, device=device)
         calls = {
             "rms_norm": partial(ops.rms_norm, x, weight, 1e-6),
             "add_rms_norm": partial(ops.add_rms_norm, x, x, weight, 1e-6),
             "apply_rope": partial(ops.apply_rope, q, k, positions, torch.rand(40, device=device), [20, 20]),
             "patch_merge": partial(ops.patch_merge, x, torch.tensor([[1, 4, 8], [1, 8, 4]]), 2, weight, weight, 1e-6),
+            "patchify": partial(ops.patchify, film, draw(3, 256), 2, 14),
         }
         for op, call in calls.items():
             with ops.use(name):
