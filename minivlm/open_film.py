@@ -30,6 +30,7 @@ from minivlm.sources import BAR_SECONDS, describe
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,mjpeg,nut,mxf,wav,mp3,flac,aac"
 JUMPS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")  # in these every packet has its time written beside it
 HIDES_FRAMES = ("vp8",)  # codecs with packets that are decoded and never shown
+COVER = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 STILL_MILLISECONDS = 100  # that a frame of an animation is shown whose duration is 0, as browsers do
 
 # Display matrix (a, b, c, d), signs only, which shows the pixel (x, y) at (a x + c y, b x + d y), y downwards.
@@ -77,14 +78,16 @@ def open_film(file: BinaryIO, name: str, head: bytes, decode_all: bool = False) 
 
 
 def _container(file: BinaryIO):
+    """Trap: as `options` the list would go to every stream, too, and PyAV's older versions write beyond their table of
+    streams where these appear one by one (MPEG, FLV)."""
     file.seek(0)
-    return av.open(file, metadata_errors="replace", options={"format_whitelist": FORMATS})
+    return av.open(file, metadata_errors="replace", container_options={"format_whitelist": FORMATS})
 
 
 def _stream(container, name: str = ""):
     """The first stream of pictures that is no cover of an album."""
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
+        if not stream.disposition.value & COVER:
             stream.thread_type = "AUTO"
             return stream
     raise MinivlmError(f"{name} has no pictures in it, only {'sound' if container.streams.audio else 'other data'}")

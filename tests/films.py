@@ -54,7 +54,7 @@ def write_sound(path, cover=False):
         if cover:
             art = container.add_stream("png")
             (art.height, art.width), art.pix_fmt = SIZE, "rgb24"
-            art.disposition = av.stream.Disposition.attached_pic
+            art.disposition = 0x400  # AV_DISPOSITION_ATTACHED_PIC
             container.mux(art.encode(av.VideoFrame.from_ndarray(picture(0), format="rgb24")))
         for number in range(8):
             silence = np.zeros((1, 1024), dtype=np.float32)
