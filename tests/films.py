@@ -63,3 +63,16 @@ def write_sound(path, cover=False):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return Path(path)
+
+
+def remux(source, path, drop=0, earlier=0, options=None):
+    """The same packets in another file, which starts `drop` packets later or shows `earlier` frames before time 0."""
+    with av.open(str(source)) as film, av.open(str(path), "w", options=options or {}) as container:
+        stream = film.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        shift = int(earlier / stream.average_rate / stream.time_base)
+        for number, packet in enumerate(film.demux(stream)):
+            if packet.dts is not None and number >= drop:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                container.mux(packet)
+    return Path(path)

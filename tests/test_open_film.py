@@ -5,7 +5,7 @@ import io
 import av
 import numpy as np
 import pytest
-from films import decode, picture, write_film, write_sound
+from films import decode, picture, remux, write_film, write_sound
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -82,6 +82,24 @@ def test_numbering_by_decoding_gives_the_same_film(tmp_path, suffix):
     indices = [0, 6, 7, 20, 29]
     assert np.array_equal(taken(by_packets, indices), taken(by_decoding, indices))
     assert by_packets.times == pytest.approx(by_decoding.times) and by_packets.fps == pytest.approx(by_decoding.fps)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "num_frames", "changes"),
+    [
+        (".mp4", 52, {"earlier": 8}),  # an edit list: 8 frames are decoded and not shown
+        (".mp4", 60, {"options": {"movflags": "frag_keyframe+empty_moov"}}),  # no table of frames
+        (".mkv", 60, {"options": {"live": "1"}}),  # no duration, no index
+        (".ts", 38, {"drop": 14}),  # begins between keyframes: what comes before the first one is no frame
+    ],
+)
+def test_films_that_were_cut_and_streamed_are_numbered_as_they_are_shown(tmp_path, suffix, num_frames, changes):
+    film = write_film(tmp_path / "whole.mp4", 60, "libx264", b_frames=2)
+    path = remux(film, tmp_path / f"film{suffix}", **changes)
+    theirs, reel = decode(path), open_path(path)
+    indices = [0, 1, 20, num_frames - 1]
+    assert len(theirs) == len(reel.times) == num_frames and reel.fps == pytest.approx(25)
+    assert np.array_equal(taken(reel, indices), theirs[indices])
 
 
 class CountingDecoder:
