@@ -20,7 +20,8 @@ from minivlm.text import ChatTemplate, Tokenizer
 
 
 class BaseProcessor:
-    """`config` the family's own, `images` the checkpoint's image settings."""
+    """`config` is the family's own. `images` are the checkpoint's image settings: an `ImageConfig`, or what a family
+    with settings for films besides makes of them in `read_images`, changes in `override` and takes in `see`."""
 
     # What a family sets:
     Config: type  # has `from_hf(config.json's contents)`
