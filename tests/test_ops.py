@@ -2,12 +2,14 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from ops_helpers import backends, kernels, library, on, randn
+from torch.utils import cpp_extension
 
 from minivlm import ops
 from minivlm.cache import KVCache
@@ -178,8 +180,22 @@ def test_without_a_compiler_the_reference_runs_and_one_line_says_so(tmp_path):
 
 def test_without_ninja_the_reference_runs_and_one_line_says_so(tmp_path):
     (tmp_path / "c++").symlink_to("/bin/true")
-    out, err = run(USE, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path), CXX="c++")
+    elsewhere = f"import sys; sys.executable = {str(tmp_path / 'python')!r}; "
+    out, err = run(elsewhere + USE, TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=str(tmp_path), CXX="c++")
     assert out == "8.0\n" and err.count("\n") == 1 and "ninja is missing" in err
+
+
+def test_ninja_is_found_beside_a_python_that_is_not_on_the_path(tmp_path, monkeypatch):
+    ninja = tmp_path / "bin" / "ninja"
+    ninja.parent.mkdir()
+    ninja.symlink_to("/bin/true")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    for name, value in {"TORCH_EXTENSIONS_DIR": tmp_path, "CXX": "/bin/true", "PATH": tmp_path}.items():
+        monkeypatch.setenv(name, str(value))
+    seen = []
+    monkeypatch.setattr(cpp_extension, "load", lambda *_, **__: seen.append(shutil.which("ninja")))
+    build._build("minivlm")
+    assert seen == [str(ninja)] and os.environ["PATH"] == str(tmp_path)
 
 
 def test_a_compiler_that_fails_is_not_asked_twice(tmp_path):

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -16,7 +15,7 @@ from minivlm.ops import backend, build
 def main() -> int:
     print(f"python {platform.python_version()}, torch {torch.__version__}, its CUDA: {torch.version.cuda or 'none'}")
     print(f"C++ compiler     {_version(build.compiler()) or 'none: looked for $CXX, then c++'}")
-    print(f"ninja            {_version(shutil.which('ninja')) or 'none: pip install ninja'}")
+    print(f"ninja            {_version(build.ninja()) or 'none: pip install ninja'}")
     print(f"nvcc             {_version(build.nvcc(), line=-2) or 'none'} (CUDA_HOME={os.environ.get('CUDA_HOME', '')})")
     print(f"GPU              {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     print(f"architectures    {build.architectures() if build.with_cuda() else 'CUDA kernels are not compiled here'}")

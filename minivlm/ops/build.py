@@ -57,6 +57,11 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
+def ninja() -> str | None:
+    """On the PATH, or beside this Python: a virtual environment need not be activated to be used."""
+    return shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
+
+
 def architectures() -> str:
     """What nvcc compiles for: the environment's wish, else this machine's GPU, else A100, H100, PTX for later ones."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -107,7 +112,7 @@ def _build(library: str) -> Path:
         raise Unavailable("the C++ sources were not installed")
     if compiler() is None:
         raise Unavailable("no C++ compiler (looked for $CXX, then c++)")
-    if shutil.which("ninja") is None:
+    if ninja() is None:
         raise Unavailable("ninja is missing (pip install ninja)")
     place = folder(library)
     log = place.with_suffix(".log")
@@ -135,11 +140,15 @@ def _compile(library: str, place: Path, log: Path) -> None:
     # Without a list and without a GPU, torch stops with an IndexError.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
     cflags = flags(library, native=True)
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{path}{os.pathsep}{Path(ninja()).parent}"  # where torch looks for it
     try:
         cpp_extension.load(library, sources(library), cflags, build_directory=str(scratch), is_python_module=False)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         log.write_text(str(error))
         raise Unavailable(f"compiling failed, see {log}") from error
+    finally:
+        os.environ["PATH"] = path
     scratch.rename(place)
     print(f"minivlm: kernels ready after {time.monotonic() - started:.0f} s", file=sys.stderr)
 
