@@ -210,6 +210,8 @@ def _relative_to(folder: Path, content: "str | list[dict]") -> "str | list[dict]
         return content
 
     def resolve(key: str, value):
+        if key == "video" and isinstance(value, list):  # frames
+            return [resolve(key, frame) for frame in value]
         if key not in ("image", "video") or not isinstance(value, str) or value.startswith(("data:", "http", "file:")):
             return value
         return str(folder / value)

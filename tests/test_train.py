@@ -2,8 +2,13 @@
 
 import json
 
+import onevision_tiny
 import pytest
+import qwen2_vl_tiny
 import torch
+import video_llava_tiny
+from films import picture, write_film
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -195,3 +200,27 @@ def test_bad_data_is_named_by_its_line(tmp_path, line, told):
 def test_missing_data_is_one_line(tmp_path):
     with pytest.raises(MinivlmError, match="not there"):
         read_conversations(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "family", [onevision_tiny, qwen2_vl_tiny, video_llava_tiny], ids=lambda module: module.__name__
+)
+def test_the_command_learns_from_films_beside_the_file(tmp_path, family):
+    """From a film's file and from the files of its frames."""
+    write_film(tmp_path / "film.mp4", 12)
+    for number in range(2):
+        Image.fromarray(picture(number)).save(tmp_path / f"{number}.png")
+    talks = []
+    for film in ({"video": "film.mp4", "num_frames": 2}, {"video": ["0.png", "1.png"]}):
+        question = [{"type": "video", **film}, {"type": "text", "text": "What moves?"}]
+        talks.append([{"role": "user", "content": question}, {"role": "assistant", "content": "a bar"}])
+    data, out = tmp_path / "talks.jsonl", tmp_path / "trained"
+    data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    start = str(family.opened()[0].folder)
+    main(["--ckpt", start, "--data", str(data), "--out", str(out), "--steps", "2", "--batch-size", "2",
+          "--device", "cpu"])  # fmt: skip
+    untrained, trained = (minivlm.load(folder, dtype="float32", device="cpu") for folder in (start, out))
+    before, after = untrained.model.state_dict(), trained.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("vision" in name or "video" in name for name in moved)
+    assert any(name.startswith("language_model") for name in moved)
