@@ -88,6 +88,8 @@ def _stream(container, name: str = ""):
     """The first stream of pictures that is no cover of an album."""
     for stream in container.streams.video:
         if not stream.disposition.value & COVER:
+            if stream.codec_context is None:
+                raise MinivlmError(f"{name} holds pictures that FFmpeg cannot decode: save it as MP4 (H.264)")
             stream.thread_type = "AUTO"
             return stream
     raise MinivlmError(f"{name} has no pictures in it, only {'sound' if container.streams.audio else 'other data'}")

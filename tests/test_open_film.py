@@ -13,6 +13,7 @@ from PIL import Image
 from minivlm import open_film as module
 from minivlm.errors import MinivlmError
 from minivlm.open_film import Unsure, open_film
+from minivlm.videos import FilmRule, open_video
 
 
 def open_path(path, decode_all=False):
@@ -235,6 +236,44 @@ def test_what_is_left_of_a_film_is_used_with_a_note(tmp_path, capsys, codec, suf
     assert 20 < last < 90
     assert np.array_equal(taken(reel, [0, last]), theirs[[0, last]])
     assert f"{path.name} is cut off: " in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def small_films(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films")
+    kinds = {".mp4": "libx264", ".mkv": "mpeg4", ".avi": "mpeg4", ".webm": "libvpx-vp9", ".mpg": "mpeg2video"}
+    return [write_film(folder / f"film{suffix}", 12, codec).read_bytes() for suffix, codec in kinds.items()]
+
+
+@given(
+    which=st.integers(0, 4),
+    changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 40), st.binary(max_size=20)), min_size=1, max_size=6),
+)
+def test_any_damaged_film_is_a_film_or_one_line(small_films, which, changes):
+    data = small_films[which]
+    for place, cut, new in changes:
+        at = int(place * len(data))
+        data = data[:at] + new + data[at + cut :]
+    try:
+        film = open_video(data, {}, FilmRule())
+        assert film.frames and film.indices[-1] < film.num_source_frames
+    except MinivlmError as error:
+        assert str(error).isprintable()
+
+
+def test_pictures_of_an_unknown_kind_are_told(tmp_path):
+    path = write_film(tmp_path / "film.mkv", 12)
+    path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/ASP", b"V_MPEG9/ISO/ASP"))
+    assert "holds pictures that FFmpeg cannot decode" in error_of(path)
+
+
+def test_a_bar_shows_where_this_takes_long(tmp_path, monkeypatch, capsys):
+    path = write_film(tmp_path / "film.mkv", 12)
+    open_path(path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "BAR_SECONDS", 0)
+    open_path(path)
+    assert "reading the film: " in capsys.readouterr().err
 
 
 def test_damage_in_the_middle_is_told(tmp_path, capsys):
