@@ -380,6 +380,21 @@ def test_show_prompt_counts_the_film_s_tokens(answered, film):
     assert "<video>×" in err
 
 
+def test_a_rendered_prompt_takes_films(answered, film):
+    folder = str(qwen2_vl_tiny.opened()[0].folder)
+    prompt = "<|vision_start|><|video_pad|><|vision_end|>What?"
+    out, _ = answered("--dry-run", "--raw", "-p", prompt, "--ckpt", folder, "--video", film)
+    assert out.startswith("<|vision_start|><|video_pad|>×") and "film 1: 4 of 48 frames, " in out
+
+
+def test_films_side_by_side_share_one_count(answered, film):
+    """No token stands between them in the prompt, so that the tokens of one cannot be told from the other's."""
+    folder = str(video_llava_tiny.opened()[0].folder)
+    films = ["--video", film, "--video", film]
+    out, _ = answered("--dry-run", "--raw", "-p", "<video><video>What?", "--ckpt", folder, *films)
+    assert "film 1: 8 of 48 frames\n" in out and "film 2: 8 of 48 frames\n" in out
+
+
 def test_a_model_without_films_says_so(capsys, film):
     assert run.main(["--video", film]) == 1
     err = capsys.readouterr().err.splitlines()
