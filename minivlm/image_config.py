@@ -93,12 +93,8 @@ class ImageConfig:
 
     @classmethod
     def from_folder(cls, folder: Path, defaults: dict, overrides: dict | None = None) -> "ImageConfig":
-        """Reads `image_processor` of processor_config.json (transformers 5) or else preprocessor_config.json; a folder
-        with neither takes the defaults."""
-        hf = read_json(folder / "processor_config.json").get("image_processor")
-        if not isinstance(hf, dict):
-            hf = read_json(folder / "preprocessor_config.json")
-        return cls.from_hf(hf, defaults, overrides)
+        """What `read_settings` finds; a folder without settings takes the defaults."""
+        return cls.from_hf(read_settings(folder, "image"), defaults, overrides)
 
     def override(self, overrides: dict) -> "ImageConfig":
         """The same config with a caller's `images_kwargs` on top."""
@@ -117,16 +113,23 @@ class ImageConfig:
         return self.size.height or self.size.shortest_edge
 
 
+def read_settings(folder: Path, kind: str) -> dict:
+    """The settings for pictures (`kind` "image") or films ("video") as a folder has them, {} if it has none: a part of
+    processor_config.json (transformers 5), or else a file of their own."""
+    settings = read_json(folder / "processor_config.json").get(f"{kind}_processor")
+    if isinstance(settings, dict):
+        return settings
+    return read_json(folder / ("preprocessor_config.json" if kind == "image" else "video_preprocessor_config.json"))
+
+
 def check_film_settings(folder: Path, images: ImageConfig):
     """Refuses a folder whose settings for films are not those for pictures: frames are shown as pictures are.
 
     transformers has processors of two kinds, and with them two sets of settings, which in every published folder agree.
     How their processor for films chooses frames is no matter here: `videos.py` does that.
     """
-    films = read_json(folder / "processor_config.json").get("video_processor")
-    if not isinstance(films, dict):
-        films = read_json(folder / "video_preprocessor_config.json")
-    films = images.override({key: value for key, value in films.items() if key not in FILM_BOOKKEEPING})
+    settings = read_settings(folder, "video")
+    films = images.override({key: value for key, value in settings.items() if key not in FILM_BOOKKEEPING})
     if replace(films, do_pad=images.do_pad) != images:
         raise MinivlmError("this folder's image settings for films are not those for pictures: make them alike")
 

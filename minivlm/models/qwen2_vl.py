@@ -38,9 +38,8 @@ from minivlm.console import note
 from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder, DecoderConfig
 from minivlm.errors import MinivlmError
-from minivlm.files import read_json
 from minivlm.fuse import BaseModel, embed
-from minivlm.image_config import CLIP_DEFAULTS, ImageConfig
+from minivlm.image_config import CLIP_DEFAULTS, FILM_BOOKKEEPING, ImageConfig, read_settings
 from minivlm.images import pixel_table, resize
 from minivlm.inputs import Inputs
 from minivlm.layers import MLP, Linear, activation, attention
@@ -80,9 +79,6 @@ MAX_RATIO = 200  # of a picture's longer side to the shorter
 FPS = 2.0  # frames taken per second
 MIN_FRAME_TOKENS, MAX_FRAME_TOKENS = 128, 768  # per frame, before pairs of frames become one
 FILM_NUMBERS = {"min_frames": 4, "max_frames": 768, "max_video_tokens": 128_000}  # a tenth of the tokens is for text
-FILM_SWITCHES = (
-    "fps", "num_frames", "do_sample_frames", "cap_pixels_per_frame", "return_metadata", "video_processor_type",
-)  # fmt: skip
 
 # For folders without a chat template: the published one. `add_vision_id` numbers pictures and films.
 TEMPLATE = (
@@ -317,8 +313,9 @@ class Model(BaseModel):
 def smart_resize(size: tuple[int, int], cell: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) in multiples of `cell` pixels, as near to `size` and its shape as min_pixels and max_pixels let.
 
-    Each side is rounded (Python's `round`: halves to even). Is the area then too large, both sides shrink by one factor
-    and are rounded down; is it too small, they grow and are rounded up. Raises for pictures like a thread.
+    Each side is rounded (Python's `round`: halves to even). If the area is then too large, both sides shrink by one
+    factor and are rounded down; if it is too small, they grow and are rounded up. Raises for a picture more than
+    MAX_RATIO times as long as it is wide.
     """
     height, width = size
     if max(size) > MAX_RATIO * min(size):
@@ -403,17 +400,16 @@ class Settings:
 
         Files are always sampled, frames that are given never, whatever `do_sample_frames` says.
         """
-        both = read_json(folder / "processor_config.json")
-        hf = both.get("image_processor") or read_json(folder / "preprocessor_config.json")
         grid = {"patch_size": vision.patch_size, "temporal_patch_size": vision.frames, "merge_size": vision.merge}
-        pictures = ImageConfig.from_hf(pixel_limits(hf), IMAGE_DEFAULTS | grid)
-        hf = both.get("video_processor") or read_json(folder / "video_preprocessor_config.json")
+        pictures = ImageConfig.from_hf(pixel_limits(read_settings(folder, "image")), IMAGE_DEFAULTS | grid)
+        hf = read_settings(folder, "video")
         numbers = FILM_NUMBERS | {key: hf[key] for key in FILM_NUMBERS if hf.get(key) is not None}
         if not all(isinstance(number, int) and number > 0 for number in numbers.values()):
             raise MinivlmError(f"the settings for films: {', '.join(numbers)} are positive integers")
         rate = check_film_options({key: hf.get(key) for key in ("fps", "num_frames")}) or {"fps": FPS}
         limits = {"min_pixels": MIN_FRAME_TOKENS * vision.cell**2, "max_pixels": MAX_FRAME_TOKENS * vision.cell**2}
-        own = {key: value for key, value in hf.items() if key not in (*FILM_NUMBERS, *FILM_SWITCHES)}
+        others = {*FILM_NUMBERS, *FILM_BOOKKEEPING, "cap_pixels_per_frame"}
+        own = {key: value for key, value in hf.items() if key not in others}
         frames = ImageConfig.from_hf(pixel_limits(own), IMAGE_DEFAULTS | grid | limits)
         return cls(
             pictures,
@@ -548,7 +544,8 @@ class Processor(BaseProcessor):
             own = [picture_patches(picture, options, images, vision) for picture, options in given]
             given = zip(row.films, row.film_options, strict=True)
             own_films = [film_patches(film, options, images, vision) for film, options in given]
-            counts, film_counts = ([num_image_tokens(grid, vision.merge) for _, grid in x] for x in (own, own_films))
+            counts = [num_image_tokens(grid, vision.merge) for _, grid in own]
+            film_counts = [num_image_tokens(grid, vision.merge) for _, grid in own_films]
             expand(row, {config.image_token_id: counts, config.video_token_id: film_counts})
             pictures += own
             films += own_films
