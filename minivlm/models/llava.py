@@ -27,8 +27,8 @@ from minivlm.layers import Projector, activation
 from minivlm.processor import BaseProcessor
 from minivlm.vit import ViT, ViTConfig, num_features, of_tower_size
 
-# Parameter prefixes here → their spellings in checkpoints, the hub's published one first (checkpoints.md, layouts A,
-# B, C).
+# Parameter prefixes here → their spellings in checkpoints: the hub's published one first, then those of transformers
+# 4.52 and 5 (see weights.py).
 KEYS = {
     "language_model": ("language_model.model", "model.language_model"),
     "language_model.lm_head": ("language_model.lm_head", "lm_head"),

@@ -14,6 +14,7 @@ the overview and the tiles.
 Sections: configuration, the model, the processor.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,15 +89,11 @@ class Model(BaseModel):
         c = self.config.llava
         features = self.vision_tower(inputs.pixel_values, c.feature_layers, c.drop_class_token)  # (I, P, channels)
         tiles = self.multi_modal_projector(features)  # (I, P, D)
-        grids = inputs.image_grids.tolist()
+        grids, sizes = inputs.image_grids.tolist(), inputs.image_sizes.tolist()
         per_picture = tiles.split([1 + rows * columns for rows, columns in grids])
-        sizes = inputs.image_sizes.tolist()
-        return torch.cat(
-            [
-                arrange(own, grid, size, self.image_newline, self.config.round_unpadding)
-                for own, grid, size in zip(per_picture, grids, sizes, strict=True)
-            ]
-        )
+        pictures = zip(per_picture, grids, sizes, strict=True)
+        rounding = self.config.round_unpadding
+        return torch.cat([arrange(*picture, self.image_newline, rounding) for picture in pictures])
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Token embeddings `(B, T, D)`, with image tokens in the place of their placeholders."""
@@ -122,7 +119,7 @@ def arrange(
 def join_tiles(tiles: Tensor, grid: tuple[int, int], size: tuple[int, int], round_first: bool) -> Tensor:
     """`tiles (rows · columns, P, D)` as one picture of patches without its padding: `(h, w, D)`."""
     (rows, columns), D = grid, tiles.shape[-1]
-    side = int(tiles.shape[1] ** 0.5)  # patches along a tile
+    side = math.isqrt(tiles.shape[1])  # patches along a tile
     picture = tiles.view(rows, columns, side, side, D).transpose(1, 2).reshape(rows * side, columns * side, D)
     top, left, h, w = unpadded_grid(size, (rows * side, columns * side), round_first=round_first)
     return picture[top : top + h, left : left + w]
@@ -150,9 +147,8 @@ class Processor(BaseProcessor):
 
     @classmethod
     def read_images(cls, folder: Path, config: LlavaNextConfig) -> ImageConfig:
-        return ImageConfig.from_folder(
-            folder, {**image_defaults(config.llava), "image_grid_pinpoints": config.pinpoints}
-        )
+        defaults = image_defaults(config.llava) | {"image_grid_pinpoints": config.pinpoints}
+        return ImageConfig.from_folder(folder, defaults)
 
     def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
         llava, tiles, grids = self.config.llava, [], []

@@ -60,10 +60,6 @@ PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for column
 
 AT_ONCE = 16  # tiles or frames in the tower: 48 would need another gigabyte for what the layers pass on
 
-# What transformers' LlavaOnevisionImageProcessor takes where a file is silent. Trap: the mean and std of a CLIP; the
-# published files have SigLIP's, 0.5 for all.
-IMAGE_DEFAULTS = {**CLIP_DEFAULTS, "do_center_crop": False, "crop_size": None}
-
 # For folders without a chat template: the published one. Pictures first, then films, then text; no system sentence.
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }} "
@@ -123,6 +119,17 @@ def max_tiles(aspect_ratio: str) -> int:
     if found is None:
         raise MinivlmError(f"config.json: vision_aspect_ratio is {aspect_ratio!r}, not anyres_max_ and a number")
     return int(found[1])
+
+
+def image_defaults(config: LlavaOnevisionConfig) -> dict:
+    """For what a folder's preprocessor_config.json leaves out: the whole picture, squashed to the tower's square.
+
+    Trap: transformers' LlavaOnevisionImageProcessor has the mean and std of CLIP here; the published files have
+    SigLIP's, 0.5 for all.
+    """
+    square = {"height": config.llava.vision.image_size, "width": config.llava.vision.image_size}
+    whole = {"size": square, "do_center_crop": False, "crop_size": None}
+    return {**CLIP_DEFAULTS, **whole, "image_grid_pinpoints": config.pinpoints}
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -190,7 +197,7 @@ def arrange(
 def shrunk_size(size: tuple[int, int], patches: int, max_tiles: int) -> tuple[int, int]:
     """(h, w) of a picture of `size` (h, w) patches with at most about as many as `max_tiles` tiles of `patches` have.
 
-    Up to 1.1 times the side that they would fill is let pass, 1.21 times the patches.
+    Nothing is shrunk up to 1.1 times the side that those would fill, which is 1.21 times their patches.
     """
     h, w = size
     ratio = math.sqrt(h * w / (max_tiles * patches))
@@ -290,9 +297,3 @@ def frames_of(film: object, options: dict, rule: FilmRule, images: ImageConfig) 
         return resize(frame, size, images.resample) if images.do_resize else frame
 
     return torch.stack([to_pixels(frame, images) for frame in open_video(film, options, rule, squash).frames])
-
-
-def image_defaults(config: LlavaOnevisionConfig) -> dict:
-    """For what a folder's preprocessor_config.json leaves out: the whole picture, squashed to the tower's square."""
-    side = config.llava.vision.image_size
-    return {**IMAGE_DEFAULTS, "size": {"height": side, "width": side}, "image_grid_pinpoints": config.pinpoints}

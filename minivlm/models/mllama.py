@@ -40,8 +40,8 @@ from minivlm.layers import MLP, GatedMLP, Linear, RMSNorm, activation, attention
 from minivlm.processor import BaseProcessor
 from minivlm.vit import of_tower_size
 
-# Parameter prefixes here → their spellings in checkpoints, the hub's published one first (checkpoints.md, layouts A
-# and B). "model" alone: text-only checkpoints.
+# Parameter prefixes here → their spellings in checkpoints: the hub's published one first, then that of transformers
+# 4.52 and later (see weights.py). "model" alone: text-only checkpoints.
 KEYS = {
     "language_model": ("language_model.model", "model.language_model", "model"),
     "language_model.lm_head": ("language_model.lm_head", "lm_head"),
