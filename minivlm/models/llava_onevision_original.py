@@ -48,12 +48,9 @@ def tower_sizes(name: str, folder: Path | None) -> dict:
 
 def to_hub(config: dict, vision: dict, image_token_id: int, video_token_id: int) -> dict:
     """As in `llava_original.py`; one setting more that the hub's conversion never needs is `frame_spacing`."""
-    for field, known in (
-        ("mm_spatial_pool_mode", "bilinear"), ("mm_newline_position", "one_token"), ("mm_use_im_start_end", False),
-    ):  # fmt: skip
-        if (config.get(field) or known) != known:
-            told = f"config.json of an original LLaVA-OneVision: {field} is {config[field]!r}; minivlm knows {known}"
-            raise MinivlmError(told)
+    usual = {"mm_spatial_pool_mode": "bilinear", "mm_newline_position": "one_token", "mm_use_im_start_end": False}
+    for field, known in usual.items():
+        llava_original.check_field(field, config.get(field) or known, (known,))
     points = in_pixels(config.get("image_grid_pinpoints"), ViTConfig.from_hf(vision).image_size)
     as_next = config | {"image_aspect_ratio": "anyres", "image_grid_pinpoints": points, "mm_vision_select_layer": -1}
     return llava_original.to_hub(as_next, vision, image_token_id) | {

@@ -92,12 +92,12 @@ def to_hub(config: dict, vision: dict, image_token_id: int) -> dict:
     anyres = aspect == "anyres"
     feature = config.get("mm_vision_select_feature", "patch")
     merge = config.get("mm_patch_merge_type") or "flat"
-    _check("architectures", name, TEXT_MODELS)
-    _check("image_aspect_ratio", aspect, ("square", "pad", "anyres"))
-    _check("mm_vision_select_feature", feature, ("patch",) if anyres else ("patch", "cls_patch"))
-    _check("mm_patch_merge_type", merge, ("spatial_unpad",) if anyres else ("flat",))
-    _check("mm_resampler_type", config.get("mm_resampler_type"), (None,))
-    _check("s2", config.get("s2", False), (False,))
+    check_field("architectures", name, TEXT_MODELS)
+    check_field("image_aspect_ratio", aspect, ("square", "pad", "anyres"))
+    check_field("mm_vision_select_feature", feature, ("patch",) if anyres else ("patch", "cls_patch"))
+    check_field("mm_patch_merge_type", merge, ("spatial_unpad",) if anyres else ("flat",))
+    check_field("mm_resampler_type", config.get("mm_resampler_type"), (None,))
+    check_field("s2", config.get("s2", False), (False,))
     layer = config.get("mm_vision_select_layer", -2)
     if not isinstance(layer, int):
         raise MinivlmError(f"config.json: mm_vision_select_layer is {layer!r}, not the number of a layer")
@@ -121,17 +121,18 @@ def to_hub(config: dict, vision: dict, image_token_id: int) -> dict:
     return hub
 
 
-def _check(field: str, value: object, known: "tuple | dict") -> None:
+def check_field(field: str, value: object, known: "tuple | dict") -> None:
+    """Refuses what would change the answer and is not known here."""
     if value not in list(known):
         choices = " or ".join(map(str, known))
-        raise MinivlmError(f"config.json of an original LLaVA: {field} is {value!r}; minivlm knows {choices}")
+        raise MinivlmError(f"config.json of an original checkpoint: {field} is {value!r}; minivlm knows {choices}")
 
 
 def projector_depth(kind: str) -> int:
     """Linear layers of the projector: `linear` has one, `mlp2x_gelu` two."""
     found = re.fullmatch(r"mlp([1-9])x_gelu", kind) if isinstance(kind, str) else None
     if found is None:
-        _check("mm_projector_type", kind, ("linear", "mlp2x_gelu"))
+        check_field("mm_projector_type", kind, ("linear", "mlp2x_gelu"))
     return int(found[1]) if found else 1
 
 
@@ -150,7 +151,7 @@ def tower_sizes(name: str, folder: Path | None) -> dict:
     if folder is None:
         return CLIP_LARGE
     config = read_json(folder / "config.json")
-    _check(f"the vision tower {name}", config.get("model_type", "clip"), ("clip", "clip_vision_model"))
+    check_field(f"the vision tower {name}", config.get("model_type", "clip"), ("clip", "clip_vision_model"))
     return config.get("vision_config") or config
 
 

@@ -25,7 +25,7 @@ from minivlm.files import read_json
 from minivlm.image_config import ImageConfig
 from minivlm.models import llava_original
 from minivlm.models.llava import image_defaults
-from minivlm.models.llava_original import CONVERSATIONS, IMAGE, IMAGES, Original, to_hub
+from minivlm.models.llava_original import CONVERSATIONS, IMAGE, IMAGES, Original, check_field, to_hub
 from minivlm.models.video_llava import VideoLlavaConfig
 from minivlm.text import Tokenizer
 from minivlm.vit import ViTConfig
@@ -68,12 +68,8 @@ def tower_sizes(folders: list[Path]) -> dict:
 
 def read(folder: Path, config: dict, towers: list[Path]) -> Original:
     """`config`: the folder's config.json. `towers`: the folders of the image tower and the video tower."""
-    for field, known in (("image_aspect_ratio", ("pad", "square")), ("mm_use_im_start_end", (False,))):
-        if config.get(field, known[-1]) not in (*known, None):
-            choices = " or ".join(map(str, known))
-            raise MinivlmError(
-                f"config.json of an original Video-LLaVA: {field} is {config[field]!r}; minivlm knows {choices}"
-            )
+    check_field("image_aspect_ratio", config.get("image_aspect_ratio") or "square", ("pad", "square"))
+    check_field("mm_use_im_start_end", config.get("mm_use_im_start_end") or False, (False,))
     tokenizer = Tokenizer.from_folder(folder, extra_tokens=[IMAGE, VIDEO])
     hub = to_hub(config, tower_sizes(towers), tokenizer.token_to_id(IMAGE)) | {
         "architectures": ["VideoLlavaForConditionalGeneration"],
