@@ -102,15 +102,19 @@ def _complaint(name: str, head: bytes, error: av.FFmpegError | OSError) -> str:
     return f"{name} is not a film that can be opened: it looks like {what}"
 
 
-def _picture(frame: av.VideoFrame) -> Image.Image:
-    """RGB, turned as the film says (telephones film upright by a note in the file)."""
-    picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return picture
-    a, b, _, c, d = np.sign(np.frombuffer(matrix, np.int32)[:5]).tolist()
-    turn = TURNS.get((a, b, c, d))
-    return picture if turn is None else picture.transpose(turn)
+def _pictures(frames: Iterator[av.VideoFrame]) -> Iterator[Image.Image]:
+    """RGB, turned as the first frame says (telephones film upright by a note in the file).
+
+    Trap: a frame that is asked for its side data is part of a cycle from then on, and stays in memory until Python
+    looks for these."""
+    turn = None
+    for number, frame in enumerate(frames):
+        picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+        matrix = frame.side_data.get("DISPLAYMATRIX") if number == 0 else None
+        if matrix is not None:
+            a, b, _, c, d = np.sign(np.frombuffer(matrix, np.int32)[:5]).tolist()
+            turn = TURNS.get((a, b, c, d))
+        yield picture if turn is None else picture.transpose(turn)
 
 
 def _rate(stream, times: list[float]) -> float | None:
@@ -188,7 +192,7 @@ def _index(file: BinaryIO, container, places: list[_Place]) -> Reel:
     stream = _stream(container)
     times = [float((place.pts - places[0].pts) * stream.time_base) for place in places]
 
-    def take(indices: list[int]) -> Iterator[Image.Image]:
+    def frames(indices: list[int]) -> Iterator[av.VideoFrame]:
         with _container(file) as container:
             stream = _stream(container)
             packets = container.demux(stream)
@@ -198,7 +202,7 @@ def _index(file: BinaryIO, container, places: list[_Place]) -> Reel:
                     packets = container.demux(stream)
                 yield from _decode(packets, stream.codec_context, stretch)
 
-    return Reel(times, _rate(stream, times), take)
+    return Reel(times, _rate(stream, times), lambda indices: _pictures(frames(indices)))
 
 
 def _stretches(places: list[_Place]) -> list[_Stretch]:
@@ -213,7 +217,7 @@ def _stretches(places: list[_Place]) -> list[_Stretch]:
     return found
 
 
-def _decode(packets: Iterator, codec, stretch: _Stretch) -> Iterator[Image.Image]:
+def _decode(packets: Iterator, codec, stretch: _Stretch) -> Iterator[av.VideoFrame]:
     """The frames of one stretch, as they are shown. Leaves `packets` after its last packet, and the decoder empty."""
     wanted = sorted(stretch.wanted)
     try:
@@ -224,7 +228,7 @@ def _decode(packets: Iterator, codec, stretch: _Stretch) -> Iterator[Image.Image
                 codec.flush_buffers()
             for frame in frames:
                 if wanted and frame.pts == wanted[0]:
-                    yield _picture(frame)
+                    yield frame
                     del wanted[0]
             if packet.pts == stretch.last.pts:
                 break
@@ -251,17 +255,17 @@ def _read_frames(file: BinaryIO, name: str) -> Reel:
             rate = float(stream.average_rate or stream.base_rate or 25)
             times = [number / rate for number in range(len(times))]
 
-        def take(indices: list[int]) -> Iterator[Image.Image]:
+        def frames(indices: list[int]) -> Iterator[av.VideoFrame]:
             waiting = iter(indices)
             index = next(waiting)
             for number, frame in enumerate(_every_frame(file, [])):
                 if number == index:
-                    yield _picture(frame)
+                    yield frame
                     index = next(waiting, None)
                     if index is None:
                         return
 
-        return Reel(times, _rate(stream, times), take)
+        return Reel(times, _rate(stream, times), lambda indices: _pictures(frames(indices)))
 
 
 def _every_frame(file: BinaryIO, damaged: list) -> Iterator[av.VideoFrame]:

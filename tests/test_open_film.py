@@ -1,5 +1,6 @@
 """Frames are those of a decode from end to end, whatever the container, the codec, and where its keyframes are."""
 
+import gc
 import io
 
 import av
@@ -101,6 +102,20 @@ def test_films_that_were_cut_and_streamed_are_numbered_as_they_are_shown(tmp_pat
     indices = [0, 1, 20, num_frames - 1]
     assert len(theirs) == len(reel.times) == num_frames and reel.fps == pytest.approx(25)
     assert np.array_equal(taken(reel, indices), theirs[indices])
+
+
+@pytest.mark.parametrize("decode_all", [False, True])
+def test_frames_that_were_taken_leave_the_memory_without_a_search(tmp_path, decode_all):
+    reel = open_path(write_film(tmp_path / "film.mp4", 40, rotation=90), decode_all)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in reel.take(list(range(40))):
+            pass
+        left = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert left <= 1
 
 
 class CountingDecoder:
