@@ -18,6 +18,7 @@ from tiny import (
     their_inputs,
     their_logits,
     turn,
+    whole_and_one_by_one,
 )
 from tokenizers_tiny import TEMPLATES
 from transformers import AutoConfig, LlavaForConditionalGeneration
@@ -202,31 +203,14 @@ def test_every_trap_breaks_parity(checkpoints, monkeypatch, trap):
 
 @pytest.mark.parametrize("name", ["hub", "mistral with a window"])
 def test_cached_steps_equal_the_full_forward(checkpoints, name):
-    """Every decode step of a left-padded batch gives the logits that the whole sequence gives at that place."""
     _, vlm = checkpoints(name)
-    inputs, steps = vlm.preprocess(TALKS), 9
-    ids = torch.randint(3, 250, (len(TALKS), steps), generator=torch.Generator().manual_seed(0))
-    whole = minivlm.Inputs(
-        torch.cat([inputs.input_ids, ids], 1),
-        torch.cat([inputs.attention_mask, torch.ones_like(ids)], 1),
-        pixel_values=inputs.pixel_values,
-    )
-    with torch.inference_mode():
-        full = vlm.model(whole)[:, -steps - 1 :]
-        cache = vlm.model.new_cache()
-        assert close(vlm.model(inputs, cache, last_only=True)[:, 0], full[:, 0])
-        for i in range(steps):
-            assert close(vlm.model.decode(ids[:, i : i + 1], cache), full[:, i + 1])
+    assert close(*whole_and_one_by_one(vlm, TALKS, 9))
 
 
 def test_a_batch_gives_what_its_rows_give_alone(checkpoints):
     _, vlm = checkpoints()
-    together = vlm.preprocess(TALKS)
-    with torch.inference_mode():
-        logits = vlm.model(together)
-        for row, talk in enumerate(TALKS):
-            alone = vlm.model(vlm.preprocess([talk]))[0]
-            assert close(logits[row, -len(alone) :], alone, atol=2e-5)
+    alone = torch.cat([our_logits(vlm, vlm.preprocess([talk])) for talk in TALKS])
+    assert close(our_logits(vlm, vlm.preprocess(TALKS)), alone, atol=2e-5)
 
 
 def test_a_picture_gives_the_same_tokens_in_any_company(checkpoints):

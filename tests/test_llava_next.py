@@ -18,6 +18,7 @@ from tiny import (
     their_inputs,
     their_logits,
     turn,
+    whole_and_one_by_one,
 )
 from tokenizers_tiny import TEMPLATES
 from transformers import AutoConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
@@ -217,29 +218,15 @@ def test_a_folder_without_a_template_gets_vicunas(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_steps_equal_the_full_forward(checkpoints, kind):
-    """Every decode step of a left-padded batch gives the logits that the whole sequence gives at that place."""
     _, vlm = checkpoints(kind)
-    inputs, steps = vlm.preprocess(TALKS), 14
-    ids = torch.randint(3, 250, (len(TALKS), steps), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        whole = vlm.preprocess(TALKS)
-        whole.input_ids = torch.cat([inputs.input_ids, ids], 1)
-        whole.attention_mask = torch.cat([inputs.attention_mask, torch.ones_like(ids)], 1)
-        full = vlm.model(whole)[:, -steps - 1 :]
-        cache = vlm.model.new_cache()
-        assert close(vlm.model(inputs, cache, last_only=True)[:, 0], full[:, 0])
-        for i in range(steps):
-            assert close(vlm.model.decode(ids[:, i : i + 1], cache), full[:, i + 1])
+    assert close(*whole_and_one_by_one(vlm, TALKS, 14))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_gives_what_its_rows_give_alone(checkpoints, kind):
     _, vlm = checkpoints(kind)
-    with torch.inference_mode():
-        logits = vlm.model(vlm.preprocess(TALKS))
-        for row, talk in enumerate(TALKS):
-            alone = vlm.model(vlm.preprocess([talk]))[0]
-            assert close(logits[row, -len(alone) :], alone, atol=2e-5)
+    alone = torch.cat([our_logits(vlm, vlm.preprocess([talk])) for talk in TALKS])
+    assert close(our_logits(vlm, vlm.preprocess(TALKS)), alone, atol=2e-5)
 
 
 def test_a_picture_gives_the_same_tokens_in_any_company(checkpoints):

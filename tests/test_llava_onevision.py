@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from onevision_tiny import KINDS, PINPOINTS, PIXELS, STORED, TheirProcessor, film, opened, their_inputs, turn
-from tiny import close, load, our_logits, picture, their_answers, their_embeddings, their_logits
+from tiny import close, load, our_logits, picture, their_answers, their_embeddings, their_logits, whole_and_one_by_one
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from minivlm import Prompt
@@ -205,30 +205,16 @@ def test_several_pictures_that_are_squashed_or_cut_are_not_theirs(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_steps_equal_the_full_forward(kind):
-    """Every decode step of a left-padded batch gives the logits that the whole sequence gives at that place."""
     _, vlm = opened(kind)
-    inputs, steps = vlm.preprocess(TALKS), 6
-    ids = torch.randint(3, 250, (len(TALKS), steps), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        whole = vlm.preprocess(TALKS)
-        whole.input_ids = torch.cat([inputs.input_ids, ids], 1)
-        whole.attention_mask = torch.cat([inputs.attention_mask, torch.ones_like(ids)], 1)
-        full = vlm.model(whole)[:, -steps - 1 :]
-        cache = vlm.model.new_cache()
-        assert close(vlm.model(inputs, cache, last_only=True)[:, 0], full[:, 0])
-        for i in range(steps):
-            assert close(vlm.model.decode(ids[:, i : i + 1], cache), full[:, i + 1])
+    assert close(*whole_and_one_by_one(vlm, TALKS, 6))
 
 
 def test_a_batch_gives_what_its_rows_give_alone():
     """With films of different lengths, which transformers does not take in one batch."""
     _, vlm = opened()
     talks = [*TALKS, [turn("user", film(7), "Long?")], [turn("user", film(1), film(3, 20, 20), picture(9, 99), "Now?")]]
-    with torch.inference_mode():
-        logits = vlm.model(vlm.preprocess(talks))
-        for row, talk in enumerate(talks):
-            alone = vlm.model(vlm.preprocess([talk]))[0]
-            assert close(logits[row, -len(alone) :], alone, atol=2e-5)
+    alone = torch.cat([our_logits(vlm, vlm.preprocess([talk])) for talk in talks])
+    assert close(our_logits(vlm, vlm.preprocess(talks)), alone, atol=2e-5)
 
 
 def test_pictures_and_films_give_the_same_tokens_in_any_company():

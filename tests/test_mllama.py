@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from mllama_tiny import RATIOS, TALKS, patched, reload, their_inputs
-from tiny import close, load, our_logits, picture, turn
+from tiny import close, load, our_logits, picture, turn, whole_and_one_by_one
 
 from minivlm import Prompt
 from minivlm.cache import KVCache
@@ -161,28 +161,12 @@ def test_transformers_as_it_is_is_another_model(checkpoint, wanted, left_out):
 
 
 def test_cached_steps_equal_the_full_forward(vlm):
-    """Every decode step of a left-padded batch gives the logits that the whole sequence gives at that place."""
-    inputs, steps = vlm.preprocess(TALKS), 8
-    ids = torch.randint(3, 250, (len(TALKS), steps), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        whole = vlm.preprocess(TALKS)
-        whole.input_ids = torch.cat([inputs.input_ids, ids], 1)
-        whole.attention_mask = torch.cat([inputs.attention_mask, torch.ones_like(ids)], 1)
-        last = inputs.cross_attention_mask[:, -1:]
-        whole.cross_attention_mask = torch.cat([inputs.cross_attention_mask, *[last] * steps], 1)
-        full = vlm.model(whole)[:, -steps - 1 :]
-        cache = vlm.model.new_cache()
-        assert close(vlm.model(inputs, cache, last_only=True)[:, 0], full[:, 0], atol=2e-5)
-        for i in range(steps):
-            assert close(vlm.model.decode(ids[:, i : i + 1], cache), full[:, i + 1], atol=2e-5)
+    assert close(*whole_and_one_by_one(vlm, TALKS, 8), atol=2e-5)
 
 
 def test_a_batch_gives_what_its_rows_give_alone(vlm):
-    with torch.inference_mode():
-        logits = vlm.model(vlm.preprocess(TALKS))
-        for row, talk in enumerate(TALKS):
-            alone = vlm.model(vlm.preprocess([talk]))[0]
-            assert close(logits[row, -len(alone) :], alone, atol=2e-5)
+    alone = torch.cat([our_logits(vlm, vlm.preprocess([talk])) for talk in TALKS])
+    assert close(our_logits(vlm, vlm.preprocess(TALKS)), alone, atol=2e-5)
 
 
 def test_text_before_a_picture_is_as_if_there_were_none(vlm):

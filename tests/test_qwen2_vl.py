@@ -21,7 +21,7 @@ from qwen2_vl_tiny import (
     their_logits,
     their_positions,
 )  # fmt: skip
-from tiny import close, load, our_logits, picture, turn
+from tiny import close, load, our_logits, picture, turn, whole_and_one_by_one
 
 from minivlm import decoder
 from minivlm.layers import attention
@@ -255,28 +255,15 @@ def test_the_tower_makes_no_mask_and_no_attention_beyond_a_frame_pair(checkpoint
 @pytest.mark.parametrize("talks", [PICTURES, FILMS], ids=["pictures", "films"])
 def test_cached_steps_equal_the_full_forward(checkpoints, kind, talks):
     _, vlm = checkpoints(kind)
-    inputs, steps = vlm.preprocess(talks), 6
-    ids = torch.randint(3, 250, (len(talks), steps), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        whole = vlm.preprocess(talks)
-        whole.input_ids = torch.cat([inputs.input_ids, ids], 1)
-        whole.attention_mask = torch.cat([inputs.attention_mask, torch.ones_like(ids)], 1)
-        full = vlm.model(whole)[:, -steps - 1 :]
-        cache = vlm.model.new_cache()
-        assert close(vlm.model(inputs, cache, last_only=True)[:, 0], full[:, 0])
-        for i in range(steps):
-            assert close(vlm.model.decode(ids[:, i : i + 1], cache), full[:, i + 1])
+    assert close(*whole_and_one_by_one(vlm, talks, 6))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("talks", [PICTURES, FILMS], ids=["pictures", "films"])
 def test_a_batch_gives_what_its_rows_give_alone(checkpoints, kind, talks):
     _, vlm = checkpoints(kind)
-    with torch.inference_mode():
-        logits = vlm.model(vlm.preprocess(talks))
-        for row, talk in enumerate(talks):
-            alone = vlm.model(vlm.preprocess([talk]))[0]
-            assert close(logits[row, -len(alone) :], alone, atol=2e-5)
+    alone = torch.cat([our_logits(vlm, vlm.preprocess([talk])) for talk in talks])
+    assert close(our_logits(vlm, vlm.preprocess(talks)), alone, atol=2e-5)
 
 
 def test_a_film_of_one_frame_is_a_picture(checkpoints):

@@ -7,7 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import close, load, our_logits, picture, their_answers, their_embeddings, their_logits, variant
+from tiny import (
+    close,
+    load,
+    our_logits,
+    picture,
+    their_answers,
+    their_embeddings,
+    their_logits,
+    variant,
+    whole_and_one_by_one,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from video_llava_tiny import CONFIGS, PREPROCESSOR, film, media, of_inputs, opened, their_inputs, turn
 
@@ -252,26 +262,13 @@ MIXED = [*TALKS, [turn("user", film(3), picture(40, 40), film(1, 40, 40), "Compa
 
 def test_cached_steps_equal_the_full_forward(checkpoints):
     _, vlm = checkpoints()
-    inputs, steps = vlm.preprocess(MIXED), 6
-    ids = torch.randint(3, 250, (len(MIXED), steps), generator=torch.Generator().manual_seed(0))
-    whole = vlm.preprocess(MIXED)
-    whole.input_ids = torch.cat([inputs.input_ids, ids], 1)
-    whole.attention_mask = torch.cat([inputs.attention_mask, torch.ones_like(ids)], 1)
-    with torch.inference_mode():
-        full = vlm.model(whole)[:, -steps - 1 :]
-        cache = vlm.model.new_cache()
-        assert close(vlm.model(inputs, cache, last_only=True)[:, 0], full[:, 0])
-        for i in range(steps):
-            assert close(vlm.model.decode(ids[:, i : i + 1], cache), full[:, i + 1])
+    assert close(*whole_and_one_by_one(vlm, MIXED, 6))
 
 
 def test_a_batch_gives_what_its_rows_give_alone(checkpoints):
     _, vlm = checkpoints()
-    with torch.inference_mode():
-        logits = vlm.model(vlm.preprocess(MIXED))
-        for row, talk in enumerate(MIXED):
-            alone = vlm.model(vlm.preprocess([talk]))[0]
-            assert close(logits[row, -len(alone) :], alone, atol=2e-5)
+    alone = torch.cat([our_logits(vlm, vlm.preprocess([talk])) for talk in MIXED])
+    assert close(our_logits(vlm, vlm.preprocess(MIXED)), alone, atol=2e-5)
 
 
 def test_pictures_and_films_give_the_same_tokens_in_any_company(checkpoints):

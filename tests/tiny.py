@@ -210,6 +210,22 @@ def our_logits(vlm, inputs):
         return vlm.model(inputs)[inputs.attention_mask > 0]
 
 
+def whole_and_one_by_one(vlm, conversations, steps):
+    """Logits `(B, 1 + steps, V)` where a left-padded batch ends and at random tokens behind it: from one pass over all,
+    and from a prefill and a decode step for each token."""
+    inputs, whole = vlm.preprocess(conversations), vlm.preprocess(conversations)
+    ids = torch.randint(3, 250, (len(conversations), steps), generator=torch.Generator().manual_seed(0))
+    whole.input_ids = torch.cat([inputs.input_ids, ids], 1)
+    whole.attention_mask = torch.cat([inputs.attention_mask, torch.ones_like(ids)], 1)
+    seen = inputs.cross_attention_mask  # Mllama's: an answer sees what the last token of its prompt sees
+    whole.cross_attention_mask = None if seen is None else torch.cat([seen, *[seen[:, -1:]] * steps], 1)
+    with torch.inference_mode():
+        cache = vlm.model.new_cache()
+        logits = [vlm.model(inputs, cache, last_only=True)[:, 0]]
+        logits += [vlm.model.decode(ids[:, i : i + 1], cache) for i in range(steps)]
+        return vlm.model(whole)[:, -steps - 1 :], torch.stack(logits, 1)
+
+
 def their_logits(theirs, inputs):
     with torch.inference_mode():
         return theirs(**inputs).logits[inputs["attention_mask"] > 0]
