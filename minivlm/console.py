@@ -1,4 +1,4 @@
-"""What the command line, the chat and the batch share: how a question is put, and how a person is told of an error."""
+"""How a person is told of things, notes on stderr and errors as one line; and a question as messages."""
 
 import sys
 
