@@ -67,7 +67,7 @@ def keep_films(question: "list[dict] | Prompt") -> tuple["list[dict] | Prompt", 
         given = [source for source, _ in videos]
     if not given:
         return question, []
-    from minivlm.videos import KeptFilm
+    from minivlm.videos import KeptFilm  # here, because films bring PyAV with them
 
     films = [KeptFilm(source) for source in given]
     if isinstance(question, Prompt):

@@ -57,14 +57,13 @@ def load(
     """
     folder = resolve(name, revision, offline, weights=False)  # a look at the small files before a large download
     config = read_config(folder, str(name))
-    original, tower = None, None
-    if not llava_original.is_original(config) and config["model_type"] not in MODULES:
+    is_original = llava_original.is_original(config)
+    if not is_original and config["model_type"] not in MODULES:
         raise MinivlmError(f"{folder} is a {config['model_type']!r} model; minivlm knows {', '.join(MODULES)}")
     if weights:
         folder = resolve(name, revision, offline)
-    if llava_original.is_original(config):
-        original, tower = open_original(folder, config, offline, weights and vision)
-        config = original.config
+    original, tower = open_original(folder, config, offline, weights and vision) if is_original else (None, None)
+    config = original.config if original else config
     family = importlib.import_module(MODULES[config["model_type"]])
     device = pick_device(device)
     with torch.device("meta"):

@@ -438,7 +438,7 @@ class Model(BaseModel):
         visible = pad_sequence([mask.T.repeat_interleave(P, 0) for mask in by_tile], batch_first=True)  # (B, M, T)
         visible = visible.transpose(1, 2)[:, None]  # (B, 1, T, M)
         sees = visible.any(-1, keepdim=True)[:, 0]  # (B, T, 1)
-        # Who sees nothing looks at everything, to be a number, and is multiplied by 0 afterwards.
+        # A softmax over nothing is NaN: who sees nothing looks at everything, and is multiplied by 0 afterwards.
         memory = {"visible": visible | ~sees[:, None], "sees": sees}
         for i in self.config.cross_layers:
             memory |= self.language_model.layers[i].remember(states)

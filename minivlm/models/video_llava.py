@@ -195,12 +195,14 @@ class Processor(BaseProcessor):
     def look_at_film(self, frames: list[Image.Image], images: ImageConfig) -> Tensor:
         """Frames are shown as pictures are, but never padded to a square.
 
-        Pillow resizes them; transformers' processor for films resizes with torchvision, up to two grey levels beside.
+        Pillow resizes them; transformers' processor for films resizes with torchvision, which differs by up to two grey
+        levels.
         """
         return self.look(frames, replace(images, do_pad=False), "bilinear")
 
     def look(self, pictures: list[Image.Image], images: ImageConfig, original_filter: str) -> Tensor:
-        """→ `(N, 3, height, width)`. Of a picture of 1 or 3 rows, transformers takes the rows for colours; here not."""
+        """→ `(N, 3, height, width)`. In a picture of 1 or 3 rows, transformers takes the rows for colours; here they stay
+        rows."""
         if self.config.antialias:
             pixels = [to_pixels(picture, images) for picture in pictures]
         else:
