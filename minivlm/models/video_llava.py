@@ -201,8 +201,7 @@ class Processor(BaseProcessor):
         return self.look(frames, replace(images, do_pad=False), "bilinear")
 
     def look(self, pictures: list[Image.Image], images: ImageConfig, original_filter: str) -> Tensor:
-        """→ `(N, 3, height, width)`. In a picture of 1 or 3 rows, transformers takes the rows for colours; here they stay
-        rows."""
+        """→ `(N, 3, height, width)`. In a picture of 1 or 3 rows, transformers takes these for colours; we do not."""
         if self.config.antialias:
             pixels = [to_pixels(picture, images) for picture in pictures]
         else:
