@@ -40,7 +40,15 @@ def fuse(embeddings: Tensor, is_placeholder: Tensor, image_tokens: Tensor) -> Te
 
 
 class BaseModel(nn.Module):
-    """A model is a decoder, `language_model`, and eyes. How it sees is `embed`, which every family defines."""
+    """A model is a decoder, `language_model`, and eyes. How it sees is `embed`, which a family defines if its pictures
+    become words; if they do not, it has a `forward` of its own."""
+
+    Config: type  # the family's, which has `from_hf(config.json's contents)`
+
+    @classmethod
+    def from_config(cls, config: dict) -> "BaseModel":
+        """A model of the sizes that a config.json has, its weights still to be filled in."""
+        return cls(cls.Config.from_hf(config))
 
     def forward(self, inputs: Inputs, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """Logits `(B, T, V)` float32; `(B, 1, V)` with `last_only`, which is all that generation needs."""

@@ -128,16 +128,14 @@ def image_defaults(config: LlavaConfig) -> dict:
 
 
 class Model(BaseModel):
+    Config = LlavaConfig
+
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
         self.vision_tower = ViT(config.vision)
         self.multi_modal_projector = make_projector(config)
         self.language_model = Decoder(config.text)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Model":
-        return cls(LlavaConfig.from_hf(config))
 
     def encode_images(self, inputs: Inputs) -> Tensor:
         """`pixel_values (N, 3, height, width)` → image tokens `(N · 576, D)`."""

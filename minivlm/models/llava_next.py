@@ -72,6 +72,8 @@ class LlavaNextConfig:
 
 
 class Model(BaseModel):
+    Config = LlavaNextConfig
+
     def __init__(self, config: LlavaNextConfig):
         super().__init__()
         self.config = config
@@ -79,10 +81,6 @@ class Model(BaseModel):
         self.multi_modal_projector = make_projector(config.llava)
         self.image_newline = nn.Parameter(torch.empty(config.llava.text.hidden_size))
         self.language_model = Decoder(config.llava.text)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Model":
-        return cls(LlavaNextConfig.from_hf(config))
 
     def encode_images(self, inputs: Inputs) -> Tensor:
         """`pixel_values (I, 3, height, width)`, the tiles of one picture after another → image tokens `(N, D)`."""

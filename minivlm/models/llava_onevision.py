@@ -136,6 +136,8 @@ def image_defaults(config: LlavaOnevisionConfig) -> dict:
 
 
 class Model(BaseModel):
+    Config = LlavaOnevisionConfig
+
     def __init__(self, config: LlavaOnevisionConfig):
         super().__init__()
         self.config = config
@@ -143,10 +145,6 @@ class Model(BaseModel):
         self.multi_modal_projector = make_projector(config.llava)
         self.image_newline = nn.Parameter(torch.empty(config.llava.text.hidden_size))
         self.language_model = Decoder(config.llava.text)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Model":
-        return cls(LlavaOnevisionConfig.from_hf(config))
 
     def look(self, pixels: Tensor) -> Tensor:
         """`pixels (I, 3, height, width)` of tiles or frames → their patches, projected: `(I, P, D)`."""

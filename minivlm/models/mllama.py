@@ -399,6 +399,8 @@ class Head(Linear):
 
 
 class Model(BaseModel):
+    Config = MllamaConfig
+
     def __init__(self, config: MllamaConfig):
         super().__init__()
         self.config = config
@@ -409,10 +411,6 @@ class Model(BaseModel):
         self.language_model = Decoder(text, layers)
         self.language_model.embed_tokens = embedding(text.vocab_size + EXTRA_EMBEDDINGS, text.hidden_size)
         self.language_model.lm_head = Head(text.hidden_size, text.vocab_size, bias=False)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Model":
-        return cls(MllamaConfig.from_hf(config))
 
     def encode_images(self, inputs: Inputs) -> Tensor:
         """The tokens of all pictures, padding left out, `(N, D)`: num_tiles · P for each picture, row by row."""

@@ -269,15 +269,13 @@ def raster_positions(grid_thw: Tensor) -> Tensor:
 
 
 class Model(BaseModel):
+    Config = Qwen2VLConfig
+
     def __init__(self, config: Qwen2VLConfig):
         super().__init__()
         self.config = config
         self.vision_tower = VisionTower(config.vision)
         self.language_model = Decoder(config.text)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Model":
-        return cls(Qwen2VLConfig.from_hf(config))
 
     def encode_images(self, inputs: Inputs) -> Tensor:
         """`pixel_values (P, patch_dim)` → image tokens `(P / 4, D)`, one picture after another."""

@@ -108,6 +108,8 @@ class VideoLlavaConfig:
 
 
 class Model(BaseModel):
+    Config = VideoLlavaConfig
+
     def __init__(self, config: VideoLlavaConfig):
         super().__init__()
         self.config = config
@@ -115,10 +117,6 @@ class Model(BaseModel):
         self.video_tower = ViT(config.llava.vision)
         self.multi_modal_projector = make_projector(config.llava)
         self.language_model = Decoder(config.llava.text)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "Model":
-        return cls(VideoLlavaConfig.from_hf(config))
 
     def encode_images(self, inputs: Inputs) -> Tensor:
         """`pixel_values (N, 3, height, width)` → tokens of the pictures `(N · 256, D)`."""
