@@ -9,7 +9,7 @@ import tiny
 import tokenizers_tiny
 import torch
 import transformers
-from tiny import load, picture
+from tiny import film, load, media, picture, turn
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -119,26 +119,11 @@ def _opened(kind):
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 
-def film(num_frames, height=47, width=91, seed=0):
-    return [picture(height, width, seed * 100 + i) for i in range(num_frames)]
-
-
-def turn(role, *parts):
-    """A message; pictures are PIL, films are lists of them, all else is text."""
-    kinds = {list: "video", str: "text"}
-    parts = [(kinds.get(type(part), "image"), part) for part in parts]
-    return {"role": role, "content": [{"type": kind, kind: part} for kind, part in parts]}
-
-
-def media(conversation, kind):
-    return [part[kind] for message in conversation for part in message["content"] if part["type"] == kind]
-
-
 def their_inputs(processor, conversations):
     """What their processor makes of a batch, nested as `apply_chat_template` does it. Films of one length only."""
     texts = [processor.apply_chat_template(c, add_generation_prompt=True) for c in conversations]
-    images = [media(c, "image") for c in conversations]
-    videos = [np.stack([np.asarray(frame) for frame in film]) for c in conversations for film in media(c, "video")]
+    images = [media([c], "image") for c in conversations]
+    videos = [np.stack([np.asarray(frame) for frame in film]) for film in media(conversations, "video")]
     return processor(
         text=texts, images=images if any(images) else None, videos=videos or None, padding=True, padding_side="left",
         return_tensors="pt",

@@ -10,8 +10,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
-from onevision_tiny import KINDS, PINPOINTS, PIXELS, STORED, TheirProcessor, film, opened, their_inputs, turn
-from tiny import close, load, our_logits, picture, their_answers, their_embeddings, their_logits, whole_and_one_by_one
+from onevision_tiny import KINDS, PINPOINTS, PIXELS, STORED, TheirProcessor, opened, their_inputs
+from tiny import (
+    close,
+    film,
+    load,
+    our_logits,
+    picture,
+    their_answers,
+    their_embeddings,
+    their_logits,
+    turn,
+    whole_and_one_by_one,
+)
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from minivlm import Prompt

@@ -5,8 +5,8 @@ import json
 import pytest
 import tiny
 import torch
-from onevision_tiny import VIDEO_PREPROCESSOR, film, opened, their_inputs, turn
-from tiny import close, in_layout, load, our_logits, picture, their_logits
+from onevision_tiny import VIDEO_PREPROCESSOR, opened, their_inputs
+from tiny import close, film, in_layout, load, our_logits, picture, their_logits, turn
 from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 
 import minivlm

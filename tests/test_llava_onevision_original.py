@@ -11,10 +11,10 @@ import tokenizers_tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from onevision_tiny import PINPOINTS, film, opened, turn
+from onevision_tiny import PINPOINTS, opened
 from safetensors.torch import load_file
 from test_published import CONFIGS, num_bytes, ours, shapes
-from tiny import close, load, our_logits, picture
+from tiny import close, film, load, our_logits, picture, turn
 
 from minivlm import MinivlmError, Prompt
 from minivlm.images import anyres_grid

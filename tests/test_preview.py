@@ -5,8 +5,8 @@ import tokenizers_tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from onevision_tiny import opened, turn
-from tiny import picture
+from onevision_tiny import opened
+from tiny import picture, turn
 
 from minivlm.preview import draw_tiles, preview, show_prompt, size
 from minivlm.text import Tokenizer

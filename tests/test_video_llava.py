@@ -9,17 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import (
     close,
+    film,
     load,
+    media,
     our_logits,
     picture,
     their_answers,
     their_embeddings,
     their_logits,
+    turn,
     variant,
     whole_and_one_by_one,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from video_llava_tiny import CONFIGS, PREPROCESSOR, film, media, of_inputs, opened, their_inputs, turn
+from video_llava_tiny import CONFIGS, PREPROCESSOR, of_inputs, opened, their_inputs
 
 import minivlm
 from minivlm import decoder, fuse

@@ -5,9 +5,9 @@ import json
 import pytest
 import tiny
 import torch
-from tiny import close, load, our_logits, their_logits
+from tiny import close, film, load, our_logits, their_logits, turn
 from transformers import AutoConfig, VideoLlavaForConditionalGeneration
-from video_llava_tiny import PREPROCESSOR, film, opened, their_inputs, turn
+from video_llava_tiny import PREPROCESSOR, opened, their_inputs
 
 import minivlm
 from minivlm.errors import MinivlmError

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from films import decode, write_film
-from tiny import load, picture, variant
-from video_llava_tiny import film, opened, turn
+from tiny import film, load, picture, turn, variant
+from video_llava_tiny import opened
 
 import minivlm
 from minivlm.errors import MinivlmError

@@ -9,9 +9,9 @@ import tokenizers_tiny
 import torch
 from films import decode, write_film
 from PIL import Image
-from tiny import close, load, our_logits, picture, their_logits
+from tiny import close, film, load, our_logits, picture, their_logits, turn
 from transformers import VideoLlavaForConditionalGeneration
-from video_llava_tiny import CONFIG, TOKENIZER, film, of_inputs, opened, turn
+from video_llava_tiny import CONFIG, TOKENIZER, of_inputs, opened
 
 from minivlm import Prompt
 from minivlm.errors import MinivlmError

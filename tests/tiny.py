@@ -179,16 +179,26 @@ def picture(height, width, seed=0):
     return Image.fromarray((noise + slope).astype(np.uint8))
 
 
+def film(num_frames, height=47, width=91, seed=0):
+    return [picture(height, width, seed * 100 + i) for i in range(num_frames)]
+
+
 def turn(role, *parts):
-    """A message; pictures are PIL, all else is text."""
-    kinds = ("image" if isinstance(part, Image.Image) else "text" for part in parts)
-    return {"role": role, "content": [{"type": kind, kind: part} for kind, part in zip(kinds, parts, strict=True)]}
+    """A message; a str is text, a list the frames of a film, all else a picture."""
+    kinds = {list: "video", str: "text"}
+    parts = [(kinds.get(type(part), "image"), part) for part in parts]
+    return {"role": role, "content": [{"type": kind, kind: part} for kind, part in parts]}
+
+
+def media(conversations, kind):
+    """All pictures ("image") or films ("video"), in order."""
+    return [part[kind] for c in conversations for m in c for part in m["content"] if part["type"] == kind]
 
 
 def their_inputs(processor, conversations):
     """What their processor makes of a batch, through the checkpoint's own template."""
     texts = [processor.apply_chat_template(c, add_generation_prompt=True) for c in conversations]
-    pictures = [part["image"] for c in conversations for m in c for part in m["content"] if part["type"] == "image"]
+    pictures = media(conversations, "image")
     bos = processor.tokenizer.bos_token
     add_bos = bos is None or not texts[0].startswith(bos)
     return processor(

@@ -9,7 +9,7 @@ import tiny
 import tokenizers_tiny
 import torch
 import transformers
-from tiny import load, picture
+from tiny import load, media
 from tokenizers import AddedToken, Tokenizer
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 from transformers.models.video_llava.processing_video_llava import VideoLlavaProcessor
@@ -110,21 +110,6 @@ def _opened(name):
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------
-
-
-def film(num_frames, height=47, width=91, seed=0):
-    return [picture(height, width, seed * 100 + i) for i in range(num_frames)]
-
-
-def turn(role, *parts):
-    """A message; pictures are PIL, films are lists of them, all else is text."""
-    kinds = {list: "video", str: "text"}
-    parts = [(kinds.get(type(part), "image"), part) for part in parts]
-    return {"role": role, "content": [{"type": kind, kind: part} for kind, part in parts]}
-
-
-def media(conversations, kind):
-    return [part[kind] for c in conversations for m in c for part in m["content"] if part["type"] == kind]
 
 
 def their_inputs(processor, conversations):
