@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
 
+from minivlm.errors import MinivlmError
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -16,6 +18,16 @@ class Prompt:
     text: str
     images: list = field(default_factory=list)
     videos: list = field(default_factory=list)
+
+    def __post_init__(self):
+        check_lists(self.images, self.videos)
+
+
+def check_lists(images: "list | tuple", videos: "list | tuple"):
+    """Trap: a path is a list of letters, too, and an array of frames one of pictures."""
+    for name, given in (("images", images), ("videos", videos)):
+        if not isinstance(given, (list, tuple)):
+            raise MinivlmError(f"{name}= is a list, of one where there is only one, not {type(given).__name__}")
 
 
 @dataclass

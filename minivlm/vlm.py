@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from minivlm import generate as generation
+from minivlm.console import messages_of
 from minivlm.errors import MinivlmError
 from minivlm.files import read_json
 from minivlm.hub import resolve
-from minivlm.inputs import Inputs, Prompt
+from minivlm.inputs import Inputs, Prompt, check_lists
 from minivlm.models import MODULES, llava_original
 from minivlm.models.llava_original import Original
 from minivlm.sampling import Sampling
@@ -211,7 +212,7 @@ class VLM:
         """
         inputs = self.processor(conversations, template_kwargs, images_kwargs, labels, add_generation_prompt=not labels)
         if not self.vision and (inputs.pixel_values is not None or inputs.pixel_values_videos is not None):
-            raise MinivlmError("the model was loaded without its vision part (vision=False), but a picture was given")
+            raise MinivlmError("the model was loaded without its vision part (vision=False): show it text alone")
         return inputs.to(self.device, self.dtype)
 
     def generate(
@@ -251,17 +252,21 @@ class VLM:
         )
         return Stream(pieces, inputs.input_ids[0], preprocessing)
 
-    def chat(self, message: "str | list[dict]", images: "list | tuple" = (), **sampling) -> str:
-        """The text of the answer to a question about `images`, or to a whole conversation."""
+    def chat(
+        self, message: "str | list[dict]", images: "list | tuple" = (), videos: "list | tuple" = (), **sampling
+    ) -> str:
+        """The text of the answer to a question about `images` and `videos`, or to a whole conversation."""
+        check_lists(images, videos)
         if isinstance(message, str):
-            parts = [{"type": "image", "image": image} for image in images]
-            message = [{"role": "user", "content": [*parts, {"type": "text", "text": message}]}]
-        elif images:
-            raise MinivlmError("put pictures into the messages where messages are given; images= is for a question")
+            message = messages_of(message, images, films=videos)
+        elif images or videos:
+            raise MinivlmError("put pictures and films into the messages; images= and videos= are for a question")
         return self.generate(message, **sampling).text
 
     def save(self, folder: "str | Path"):
         """Writes a checkpoint in the hub's layout, which transformers loads, too: an original LLaVA is converted."""
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise MinivlmError("a model of which not all was read (vision=False, weights=False) cannot be saved")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.folder.iterdir():

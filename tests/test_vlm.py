@@ -3,9 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from onevision_tiny import film, opened
 from PIL import Image
+from tiny import picture
 
 import minivlm
 from minivlm import MinivlmError, Prompt
@@ -74,6 +77,30 @@ def test_pictures_may_be_paths_or_images(vlm):
     assert vlm.chat("Describe it.", [DEMO_PICTURE]) == vlm.chat("Describe it.", [Image.open(DEMO_PICTURE)])
 
 
+def test_chat_shows_films_behind_pictures():
+    vlm, frames = opened()[1], film(3)
+    parts = [("image", picture(9, 9)), ("video", frames), ("text", "What?")]
+    talk = [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in parts]}]
+    expected = vlm.generate(talk, max_new_tokens=4).text
+    assert vlm.chat("What?", [picture(9, 9)], [frames], max_new_tokens=4) == expected
+    assert vlm.chat("What?", [picture(9, 9)], [film(3, seed=1)], max_new_tokens=4) != expected
+    with pytest.raises(MinivlmError, match="into the messages"):
+        vlm.chat(talk, videos=[frames])
+
+
+def test_one_picture_or_film_is_given_in_a_list():
+    """A path is a list of letters, an array one of frames: neither is what was meant."""
+    vlm, frames = opened()[1], np.zeros((3, 9, 9, 3), np.uint8)
+    for ask_wrongly in (
+        lambda: vlm.chat("What?", "cat.jpg"),
+        lambda: vlm.chat("What?", videos=frames),
+        lambda: Prompt("<image>", "cat.jpg"),
+        lambda: Prompt("<video>", videos=frames),
+    ):
+        with pytest.raises(MinivlmError, match="(images|videos)= is a list"):
+            ask_wrongly()
+
+
 def test_images_kwargs_reach_the_processor(vlm):
     with_tiles = vlm.preprocess([ask("Hm?", DEMO_PICTURE)])
     without = vlm.preprocess([ask("Hm?", DEMO_PICTURE)], images_kwargs={"image_grid_pinpoints": [[72, 72]]})
@@ -103,6 +130,14 @@ def test_without_vision_the_tower_is_never_read():
     assert isinstance(text_only.chat("Hello?", max_new_tokens=4), str)
     with pytest.raises(MinivlmError, match="without its vision"):
         text_only.chat("What is this?", [DEMO_PICTURE])
+
+
+@pytest.mark.parametrize("missing", ["vision", "weights"])
+def test_what_was_not_read_cannot_be_saved(tmp_path, missing):
+    vlm = minivlm.load(DEMO_CHECKPOINT, **{missing: False})
+    with pytest.raises(MinivlmError, match="cannot be saved"):
+        vlm.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_without_weights_shapes_can_be_asked_for():
