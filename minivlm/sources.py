@@ -54,7 +54,11 @@ def _open(
         return _open_file(Path(source), kind)
     if scheme[1] in ("http", "https"):
         file = scratch()
-        download(source, file, max_bytes, max_seconds)
+        try:
+            download(source, file, max_bytes, max_seconds)
+        except MinivlmError:
+            file.close()
+            raise
         file.seek(0)
         return file, one_line(source, NAME)
     if scheme[1] == "file":

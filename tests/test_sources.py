@@ -88,6 +88,13 @@ def test_open_image_refuses_bad_answers(server, path, says):
     assert says in message and "127.0.0.1" in message
 
 
+def test_a_download_that_fails_leaves_no_file_open(server):
+    files = []
+    with pytest.raises(MinivlmError, match="404"):
+        open_source(f"{server}/none.png", "film", 10**6, 10.0, lambda: files.append(io.BytesIO()) or files[0])
+    assert files[0].closed
+
+
 def test_open_image_stops_redirect_loops():
     class Loop(Handler):
         def do_GET(self):
