@@ -83,7 +83,7 @@ def keep_films(question: "list[dict] | Prompt") -> tuple["list[dict] | Prompt", 
 
 
 def film_lines(films: list, token_ids: list[int], video_token_id: int) -> list[str]:
-    """Which frames are taken, and what they cost; not film by film where no token stands between two of them."""
+    """Which frames are taken, and what they cost; all together where no token stands between two films."""
     runs = [len(list(run)) for token_id, run in groupby(token_ids) if token_id == video_token_id]
     costs = [f", {run:,} tokens" for run in runs] if len(runs) == len(films) else [""] * len(films)
     lines = []
@@ -93,7 +93,7 @@ def film_lines(films: list, token_ids: list[int], video_token_id: int) -> list[s
         lines.append(f"    frames {shortened(film.indices)}")
         if film.seconds is not None:
             lines.append(f"    shown at {shortened(f'{second:.2f}' for second in film.seconds)} s")
-    return lines
+    return lines if len(runs) == len(films) else [*lines, f"all films: {sum(runs):,} tokens"]
 
 
 def shortened(values: Iterable) -> str:

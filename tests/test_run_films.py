@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import onevision_tiny
 import pytest
@@ -94,6 +95,7 @@ def test_films_side_by_side_share_one_count(answered, film):
     films = ["--video", film, "--video", film]
     out, _ = answered("--dry-run", "--raw", "-p", "<video><video>What?", "--ckpt", folder, *films)
     assert "film 1: 8 of 48 frames\n" in out and "film 2: 8 of 48 frames\n" in out
+    assert re.search(r"<video>×(\d+) What.*^all films: \1 tokens$", out, re.DOTALL | re.MULTILINE)
 
 
 def test_a_model_without_films_says_so(capsys, film):
