@@ -1,6 +1,7 @@
 """Each op against eager torch, torch.compile and the machine's own copy, as ratios.
 
 Times drift by a factor of two on a shared machine, so the rivals take turns, and medians over the rounds are printed.
+With OMP_NUM_THREADS=1 it is the thread's own time that is taken, which leaves out what other programs take from it.
 "share" is the speed at which an op moves memory (every input read once, every output written once) as a part of the
 speed at which the machine copies as many bytes in the same round.
 """
@@ -53,15 +54,17 @@ def size(x):
 
 
 def seconds(call, repeat, device):
-    """Mean time of `repeat` calls."""
+    """Mean time of `repeat` calls, after one more: caches and heap are as this call leaves them, not its rival."""
+    clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    call()
     if device == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeat):
         call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - started) / repeat
+    return (clock() - started) / repeat
 
 
 def measure(ours, rivals, device, rounds):

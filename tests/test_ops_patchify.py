@@ -108,6 +108,12 @@ def test_patchify_errors_name_both_sizes(backend, change, message):
         ops.patchify(*[x.to(torch.get_default_device()) if torch.is_tensor(x) else x for x in arguments])
 
 
+@backends
+def test_patchify_refuses_tensors_on_two_devices(backend):
+    with on(backend), pytest.raises(MinivlmError, match=r"(cpu|cuda:0), table on meta"):
+        ops.patchify(torch.zeros(1, 4, 6, 3, dtype=torch.uint8), torch.zeros(3, 256, device="meta"), 2, 2)
+
+
 HOSTILE = {
     "no whole patches": ((2, 3, 4, 3), 1, 2),
     "no frames in a patch": ((1, 4, 4, 3), 0, 2),

@@ -133,6 +133,18 @@ def test_apply_rope_angles_are_float32(backend):
         assert (ours - exact).abs().max() < 0.05 < (in_bfloat16 - exact).abs().max()
 
 
+@kernels
+def test_apply_rope_twice_is_bit_for_bit_the_same(backend):
+    with on(backend):
+        q, k, positions = cases(2, 9, 5, 2, 80, [20, 20], 10**6, torch.float32, 0)
+        runs = [
+            grads(lambda q, k: ops.apply_rope(q, k, positions, frequencies(80), [20, 20]), [q, k])
+            + list(ops.apply_rope(q, k, positions, frequencies(80), [20, 20]))
+            for _ in range(2)
+        ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @backends
 def test_apply_rope_uses_every_row_of_positions(backend):
     """Fused kernels elsewhere have dropped rows and columns and turned everything by time."""

@@ -51,11 +51,12 @@ def _check(x: Tensor, grid_thw: Tensor, merge: int, weight: Tensor, bias: Tensor
         )
     if grid_thw.is_meta or torch.compiler.is_compiling():
         return  # no values to look at; a kernel looks again when it runs
-    patches = int(grid_thw.prod(-1).sum())
+    grids = grid_thw.tolist()
+    patches = sum(t * h * w for t, h, w in grids)
     if patches != x.size(0):
-        raise MinivlmError(f"patch_merge: the grids {grid_thw.tolist()} hold {patches} patches, x has {x.size(0)}")
-    if (grid_thw < 1).any() or (grid_thw[:, 1:] % merge).any():
-        raise MinivlmError(f"patch_merge: the grids {grid_thw.tolist()} are not made of {merge} x {merge} cells")
+        raise MinivlmError(f"patch_merge: the grids {grids} hold {patches} patches, x has {x.size(0)}")
+    if any(min(grid) < 1 or grid[1] % merge or grid[2] % merge for grid in grids):
+        raise MinivlmError(f"patch_merge: the grids {grids} are not made of {merge} x {merge} cells")
 
 
 @backend.on_load
