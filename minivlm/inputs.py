@@ -35,7 +35,7 @@ class Inputs:
     """One batch, left-padded, on one device. Only the fields that the family uses are set.
 
     Names are transformers', so that `theirs(**vars_of_inputs)` can be compared with ours. Letters: B rows, T tokens,
-    N pictures in the order of their placeholders (row by row), I tiles or frames of all pictures, P patches.
+    I pictures, tiles or frames, P patches; all that was seen is in the order of its placeholders, row by row.
     """
 
     input_ids: Tensor  # (B, T) int64; every placeholder already stands once per image token
@@ -44,12 +44,12 @@ class Inputs:
 
     # (I, 3, height, width), or (P, ...) in Qwen2-VL, or (B, pictures, tiles, 3, height, width) in Mllama
     pixel_values: Tensor | None = None
-    image_sizes: Tensor | None = None  # (N, 2) int64, the pictures' own (height, width) in pixels
-    image_grids: Tensor | None = None  # (N, 2) int64, anyres: rows and columns of tiles (not among transformers' names)
-    image_grid_thw: Tensor | None = None  # (N, 3) int64, Qwen2-VL: frame pairs, rows, columns of patches
+    image_sizes: Tensor | None = None  # (pictures, 2) int64, their own (height, width) in pixels
+    image_grids: Tensor | None = None  # (pictures, 2) int64, anyres: rows and columns of tiles (a name of ours)
+    image_grid_thw: Tensor | None = None  # (pictures, 3) int64, Qwen2-VL: frame pairs, rows, columns of patches
     pixel_values_videos: Tensor | None = None  # (I, 3, height, width), or (P, ...) in Qwen2-VL
-    video_sizes: Tensor | None = None  # (number of films,) int64, frames of each film
-    video_grid_thw: Tensor | None = None  # (number of films, 3) int64
+    video_sizes: Tensor | None = None  # (films,) int64, frames of each film
+    video_grid_thw: Tensor | None = None  # (films, 3) int64
     aspect_ratio_ids: Tensor | None = None  # Mllama: (B, pictures) int64
     aspect_ratio_mask: Tensor | None = None  # Mllama: (B, pictures, tiles) int64
     cross_attention_mask: Tensor | None = None  # Mllama: (B, T, pictures, tiles) int64

@@ -182,11 +182,11 @@ def text_positions(attention_mask: Tensor) -> Tensor:
 def mrope_positions(input_ids: Tensor, attention_mask: Tensor, grids: dict[int, Tensor | None], merge: int) -> Tensor:
     """M-RoPE (Wang et al. 2024, section 2.1): frame, row and column of every token, `(3, B, T)` int64.
 
-    `grids[placeholder id] (N, 3)` are frame pairs, rows and columns of patches of what the placeholders stand for, in
-    order, row of the batch by row; `merge` patches along a side are one token. A token of text counts up all three
-    numbers alike. A picture or film is a block of (t, h, w) tokens that starts where the text before it ends; the text
-    behind it goes on at start + max(t, h, w), the paper's rule (transformers 5 goes on at start + max(h, w), which
-    differs for long films of small frames). So positions are fewer than tokens. Padding stands at 0.
+    `grids[placeholder id] (pictures or films, 3)` are frame pairs, rows and columns of patches of what the placeholders
+    stand for, in order, row of the batch by row; `merge` patches along a side are one token. A token of text counts up
+    all three numbers alike. A picture or film is a block of (t, h, w) tokens that starts where the text before it ends;
+    the text behind it goes on at start + max(t, h, w), the paper's rule (transformers 5 goes on at start + max(h, w),
+    which differs for long films of small frames). So positions are fewer than tokens. Padding stands at 0.
 
         a 1 × 2 × 2 block between words:  frame   0 1 1 1 1 3
                                           row     0 1 1 2 2 3

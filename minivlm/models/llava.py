@@ -138,10 +138,10 @@ class Model(BaseModel):
         self.language_model = Decoder(config.text)
 
     def encode_images(self, inputs: Inputs) -> Tensor:
-        """`pixel_values (N, 3, height, width)` → image tokens `(N · 576, D)`."""
+        """`pixel_values (I, 3, height, width)` → image tokens `(I · 576, D)`."""
         c = self.config
-        features = self.vision_tower(inputs.pixel_values, c.feature_layers, c.drop_class_token)  # (N, 576, 1024)
-        return self.multi_modal_projector(features).flatten(0, 1)  # (N · 576, D)
+        features = self.vision_tower(inputs.pixel_values, c.feature_layers, c.drop_class_token)  # (I, 576, 1024)
+        return self.multi_modal_projector(features).flatten(0, 1)  # (I · 576, D)
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Token embeddings `(B, T, D)`, with image tokens in the place of their placeholders."""
@@ -171,4 +171,4 @@ class Processor(BaseProcessor):
             expand(row, {self.config.image_token_id: [num_image_tokens(self.config)] * len(row.pictures)})
         side = self.config.vision.image_size
         pixels = [of_tower_size(to_pixels(picture, images), side) for row in rows for picture in row.pictures]
-        return {"pixel_values": torch.stack(pixels)} if pixels else {}  # (N, 3, 336, 336)
+        return {"pixel_values": torch.stack(pixels)} if pixels else {}  # (I, 3, 336, 336)

@@ -249,7 +249,7 @@ class VisionTower(nn.Module):
         self.rope = Rope(RopeConfig(config.head_dim // 2, config.theta, max_position=0))
 
     def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
-        """`patches (P, patch_dim)` of several pictures and `grid_thw (N, 3)` → tokens `(P / merge², D)`."""
+        """`patches (P, patch_dim)` of several pictures and `grid_thw (pictures, 3)` → tokens `(P / merge², D)`."""
         grid_thw = grid_thw.cpu()
         positions = raster_positions(grid_thw).to(patches.device)[:, None]  # (2, 1, P)
         inv_freq = self.rope.at(0, patches.device)[0].repeat(2)  # (K / 2,)

@@ -119,10 +119,10 @@ class Model(BaseModel):
         self.language_model = Decoder(config.llava.text)
 
     def encode_images(self, inputs: Inputs) -> Tensor:
-        """`pixel_values (N, 3, height, width)` → tokens of the pictures `(N · 256, D)`."""
+        """`pixel_values (I, 3, height, width)` → tokens of the pictures `(I · 256, D)`."""
         c = self.config.llava
-        features = self.image_tower(inputs.pixel_values, c.feature_layers, c.drop_class_token)  # (N, 256, 1024)
-        return self.multi_modal_projector(features).flatten(0, 1)  # (N · 256, D)
+        features = self.image_tower(inputs.pixel_values, c.feature_layers, c.drop_class_token)  # (I, 256, 1024)
+        return self.multi_modal_projector(features).flatten(0, 1)  # (I · 256, D)
 
     def encode_videos(self, inputs: Inputs) -> Tensor:
         """`pixel_values_videos (I, 3, height, width)`, the frames of one film after another → `(I · 257, D)`."""
@@ -182,7 +182,7 @@ class Processor(BaseProcessor):
             films += own
         pictures = [picture for row in rows for picture in row.pictures]
         if pictures:
-            tensors["pixel_values"] = self.look(pictures, images, "bicubic")  # (N, 3, 224, 224)
+            tensors["pixel_values"] = self.look(pictures, images, "bicubic")  # (I, 3, 224, 224)
         if films:
             tensors["pixel_values_videos"] = torch.cat(films)  # (I, 3, 224, 224)
             tensors["video_sizes"] = torch.tensor([len(film) for film in films])
@@ -199,7 +199,7 @@ class Processor(BaseProcessor):
         return self.look(frames, replace(images, do_pad=False), "bilinear")
 
     def look(self, pictures: list[Image.Image], images: ImageConfig, original_filter: str) -> Tensor:
-        """→ `(N, 3, height, width)`. In a picture of 1 or 3 rows, transformers takes these for colours; we do not."""
+        """→ `(I, 3, height, width)`. In a picture of 1 or 3 rows, transformers takes these for colours; we do not."""
         if self.config.antialias:
             pixels = [to_pixels(picture, images) for picture in pictures]
         else:
