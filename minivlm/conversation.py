@@ -16,8 +16,8 @@ from minivlm.text import ChatTemplate, Tokenizer, tokenize_chat
 IGNORED = -100  # the label of a token that is no target, torch's `ignore_index`
 
 # Where a part of a message may keep its picture or film. The last spelling of each is OpenAI's.
-_IMAGE_KEYS = ("image", "url", "path", "image_url")
-_VIDEO_KEYS = ("video", "url", "path", "video_url")
+IMAGE_KEYS = ("image", "url", "path", "image_url")
+VIDEO_KEYS = ("video", "url", "path", "video_url")
 
 
 @dataclass
@@ -74,10 +74,10 @@ def split_media(messages: list[dict]) -> tuple[list[dict], list[tuple], list[tup
             if kind == "text":
                 parts.append({"type": "text", "text": unicode(str(part.get("text", "")))})
             elif kind in ("image", "image_url"):
-                images.append(source_of(part, _IMAGE_KEYS))
+                images.append(source_of(part, IMAGE_KEYS))
                 parts.append({"type": "image"})
             elif kind in ("video", "video_url"):
-                videos.append(source_of(part, _VIDEO_KEYS))
+                videos.append(source_of(part, VIDEO_KEYS))
                 parts.append({"type": "video"})
             else:
                 raise MinivlmError(f"a part of a message must be of type text, image or video, not {kind!r}")

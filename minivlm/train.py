@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minivlm.conversation import IGNORED
+from minivlm.console import explain, note
+from minivlm.conversation import IGNORED, IMAGE_KEYS, VIDEO_KEYS
 from minivlm.errors import MinivlmError
 from minivlm.inputs import Inputs
 from minivlm.vlm import VLM, load
@@ -195,11 +197,13 @@ def read_conversations(file: Path) -> list[list[dict]]:
         try:
             messages = json.loads(line)["messages"]
             answered = any(message["role"] == "assistant" for message in messages)
-        except (ValueError, KeyError, TypeError) as error:
+            talks.append(
+                [{**message, "content": _relative_to(file.parent, message["content"])} for message in messages]
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MinivlmError(f'{file}, line {number} is not {{"messages": [...]}} ({error!r})') from error
         if not answered:
             raise MinivlmError(f"{file}, line {number} holds no answer of the assistant to learn from")
-        talks.append([{**message, "content": _relative_to(file.parent, message["content"])} for message in messages])
     if not talks:
         raise MinivlmError(f"{file} holds no conversation")
     return talks
@@ -210,16 +214,22 @@ def _relative_to(folder: Path, content: "str | list[dict]") -> "str | list[dict]
         return content
 
     def resolve(key: str, value):
-        if key == "video" and isinstance(value, list):  # frames
+        if isinstance(value, list):  # frames
             return [resolve(key, frame) for frame in value]
-        if key not in ("image", "video") or not isinstance(value, str) or value.startswith(("data:", "http", "file:")):
+        if isinstance(value, dict):  # OpenAI's
+            return {inner: resolve(inner, file) for inner, file in value.items()}
+        if (
+            key not in IMAGE_KEYS + VIDEO_KEYS
+            or not isinstance(value, str)
+            or value.startswith(("data:", "http", "file:"))
+        ):
             return value
         return str(folder / value)
 
     return [{key: resolve(key, value) for key, value in part.items()} for part in content]
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m minivlm.train",
         description="Trains a checkpoint further on your own conversations. Interrupted, the same command goes on.",
@@ -232,8 +242,15 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak (default: %(default)s)")
     parser.add_argument("--freeze", action="append", default=[], metavar="PART", help="keep as it is, say vision_tower")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
-    args = parser.parse_args(argv)
+    try:
+        train(parser.parse_args(argv))
+    except MinivlmError as error:
+        note(explain(error))
+        return 1
+    return 0
 
+
+def train(args: argparse.Namespace):
     vlm = load(args.ckpt, device=args.device, dtype="float32")
     for name, parameter in vlm.model.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(args.freeze)))
@@ -246,4 +263,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -188,6 +188,8 @@ def test_the_command_trains_a_checkpoint_further(data, tmp_path):
         ("{", "line 1 is not"),
         ('{"text": "x"}', "line 1 is not"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "no answer"),
+        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "hi"}]}', "line 1 is not"),
+        ('{"messages": [{"role": "user", "content": [5]}, {"role": "assistant", "content": "hi"}]}', "line 1 is not"),
         ("", "no conversation"),
     ],
 )
@@ -200,6 +202,34 @@ def test_bad_data_is_named_by_its_line(tmp_path, line, told):
 def test_missing_data_is_one_line(tmp_path):
     with pytest.raises(MinivlmError, match="not there"):
         read_conversations(tmp_path / "none.jsonl")
+
+
+def test_paths_are_relative_to_the_file_under_every_key(tmp_path):
+    near = str(tmp_path / "a.png")
+    told = [
+        ({"type": "image", "image": "a.png"}, near), ({"type": "image", "path": "a.png"}, near),
+        ({"type": "video", "url": "a.png"}, near), ({"type": "video", "video": ["a.png"]}, [near]),
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, {"url": near}),
+        ({"type": "image", "image": "https://host/a.png"}, "https://host/a.png"),
+        ({"type": "video", "video": "data:,a"}, "data:,a"), ({"type": "text", "text": "a.png"}, "a.png"),
+    ]  # fmt: skip
+    talk = [{"role": "user", "content": [part for part, _ in told]}, {"role": "assistant", "content": "a.png"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": talk}))
+    ((asked, answer),) = read_conversations(tmp_path / "x.jsonl")
+    found = [next(value for key, value in part.items() if key != "type") for part in asked["content"]]
+    assert found == [where for _, where in told] and answer == talk[1]
+
+
+def test_the_command_ends_in_one_line(tmp_path, capsys):
+    """Where a file is missing that only the data names, too: the training has begun by then."""
+    part = {"type": "image", "image": "none.png"}
+    talk = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "hi"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": talk}))
+    for data, told in (("none.jsonl", "not there"), ("x.jsonl", "none.png: no such file")):
+        paths = ["--data", str(tmp_path / data), "--out", str(tmp_path / "out")]
+        assert main(["--ckpt", str(DEMO_CHECKPOINT), "--device", "cpu", *paths]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("minivlm: ") and told in last
 
 
 @pytest.mark.parametrize(
