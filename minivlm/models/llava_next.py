@@ -149,12 +149,12 @@ class Processor(BaseProcessor):
         return ImageConfig.from_folder(folder, defaults)
 
     def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
-        llava, tiles, grids = self.config.llava, [], []
+        c, tiles, grids = self.config.llava, [], []
         for row in rows:
             sizes = [(picture.height, picture.width) for picture in row.pictures]
             own = [anyres_grid(size, images.image_grid_pinpoints, images.tile) for size in sizes]
             counts = [num_image_tokens(self.config, size, grid) for size, grid in zip(sizes, own, strict=True)]
-            expand(row, {llava.image_token_id: counts})
-            tiles += [of_tower_size(anyres_tiles(p, images), llava.vision.image_size) for p in row.pictures]
+            expand(row, {c.image_token_id: counts})
+            tiles += [of_tower_size(anyres_tiles(p, images), c.vision.image_size) for p in row.pictures]
             grids += own
         return {"pixel_values": torch.cat(tiles), "image_grids": torch.tensor(grids)} if grids else {}
