@@ -31,6 +31,10 @@ ACTIVATIONS = {
 }
 
 
+# What oneDNN computes within a packed product, under its names. (Its "swish" would do for silu, and saves nothing.)
+FUSED = {None: ("none", ""), F.gelu: ("gelu", "none"), gelu_tanh: ("gelu", "tanh")}
+
+
 def activation(name: str):
     """The function that a config's `hidden_act` names."""
     if name not in ACTIVATIONS:
@@ -58,10 +62,15 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.packed = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, act=None) -> Tensor:
+        """With `act`, one of ACTIVATIONS: act(x Wᵀ + b)."""
         if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            y = F.linear(x, self.weight, self.bias)
+            return y if act is None else act(y)
+        if act not in FUSED:
+            return act(self(x))
+        name, algorithm = FUSED[act]
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
 
     def pack(self):
         """Swaps the weight for its packed form where that pays (bf16 on a CPU with oneDNN); elsewhere does nothing."""
@@ -140,6 +149,9 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
+MLP_ROWS = 1024  # that a packed MLP takes at once; below 500, reading the weights again costs more than it saves
+
+
 class MLP(nn.Module):
     """fc2(act(fc1(x))), the vision towers' MLP."""
 
@@ -150,7 +162,13 @@ class MLP(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        rows = x.flatten(0, -2)
+        if self.fc1.packed is None or len(rows) <= MLP_ROWS:
+            return self.fc2(self.fc1(x, self.act))
+        # Inference on a CPU. What is between the products is several times as wide as x; for large pictures the system
+        # would give and take hundreds of megabytes in every layer. A piece's stay with the process.
+        pieces = [self.fc2(self.fc1(piece, self.act)) for piece in rows.split(MLP_ROWS)]
+        return torch.cat(pieces).view(x.shape)
 
 
 class Projector(nn.Module):

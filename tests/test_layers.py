@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from minivlm import layers
 from minivlm.errors import MinivlmError
 from minivlm.layers import ACTIVATIONS, GatedMLP, Linear, Projector, RMSNorm, TiedHead, activation, attention, can_pack
 
@@ -42,6 +43,33 @@ def test_a_packed_linear_gives_the_numbers_of_the_plain_one(bias, shape, sizes):
     assert packed.dtype == torch.bfloat16 and packed.shape == plain.shape
     assert ((packed - plain).abs() <= 2**-7 * plain.abs() + 1e-2).all()
     assert not torch.allclose(packed.float(), filled(Linear(*sizes, bias)).requires_grad_(False)(x.float()) * 1.05)
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_packed_linear_gives_the_plain_ones_activation(name):
+    """Some are computed within the product, before it is rounded to bf16, the others behind it."""
+    ours, x = filled(Linear(33, 65), torch.bfloat16), noise(3, 5, 33, seed=9, dtype=torch.bfloat16)
+    plain, bare = ours(x, ACTIVATIONS[name]), ours(x)
+    assert torch.equal(plain, ACTIVATIONS[name](bare))
+    ours.pack()
+    packed = ours(x, ACTIVATIONS[name])
+    assert ((packed - plain).abs() <= 2**-6 * plain.abs() + 1e-2).all()
+    others = [ACTIVATIONS[other](bare) for other in ("relu", "silu", "gelu") if other not in name]
+    assert all(((packed - other).abs() > 2**-6 * other.abs() + 1e-2).any() for other in [bare, *others])
+
+
+@needs_bf16
+@pytest.mark.parametrize("rows", [1, 4, 5, 100])
+def test_a_packed_mlp_is_the_same_in_pieces(rows, monkeypatch):
+    ours = filled(layers.MLP(16, 40, ACTIVATIONS["quick_gelu"]), torch.bfloat16)
+    x = noise(3, 5, 16, dtype=torch.bfloat16)
+    plain = ours(x)
+    ours.fc1.pack()
+    ours.fc2.pack()
+    monkeypatch.setattr(layers, "MLP_ROWS", rows)
+    pieces = ours(x)
+    torch.testing.assert_close(pieces, plain, rtol=2**-6, atol=2e-2)
 
 
 @needs_bf16

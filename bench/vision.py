@@ -1,0 +1,254 @@
+"""Vision towers, and the prefill of a picture with a question, in bfloat16 on a CPU. Run: python bench/vision.py
+
+Random weights at real layer shapes, minivlm's packed as `load` packs them, transformers' with its default attention
+(SDPA). The rivals take turns and medians of the rounds' ratios are printed, since the speed of a shared machine
+drifts; "of peak" is the floating-point operations of all matrix products, attention's included, over the time, as a
+part of what one large packed product does in the same round. `--layers 8` cuts towers and decoder to their first
+eight layers, all alike. The last table is the peak of resident memory while a tower sees its pictures, each side in a
+process of its own: no N x N mask or table of scores over the patches stands in it.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+import transformers
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+from minivlm.inputs import Inputs
+from minivlm.layers import Linear
+from minivlm.models import qwen2_vl
+from minivlm.vit import ViT, ViTConfig
+
+CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "hidden_act": "quick_gelu",
+}  # fmt: skip
+SIGLIP = {
+    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "image_size": 384, "patch_size": 14, "hidden_act": "gelu_pytorch_tanh",
+    "vision_use_head": False,
+}  # fmt: skip
+QWEN2_VL_TOWER = {
+    "depth": 32, "embed_dim": 1280, "hidden_size": 1536, "hidden_act": "quick_gelu", "mlp_ratio": 4, "num_heads": 16,
+    "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+QWEN2_VL_TEXT = {
+    "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "hidden_act": "silu",
+    "use_sliding_window": False, "tie_word_embeddings": True,
+}  # fmt: skip
+IMAGE_TOKEN, QUESTION = 151655, 32  # tokens of a question
+
+
+@dataclass
+class Rivals:
+    """Two models behind functions of nothing, and the floating-point operations of one run."""
+
+    ours: callable
+    theirs: callable
+    flops: float
+
+
+# ----------------------------------------------------------------------------------------------------------- the cases
+
+
+def fixed_tower(config, layers, sides):
+    """CLIP or SigLIP, one square picture."""
+    config = {**config, "num_hidden_layers": layers or config["num_hidden_layers"]}
+    name = "CLIPVisionModel" if config["model_type"].startswith("clip") else "SiglipVisionModel"
+    our = ViTConfig.from_hf(config)
+    pixels = torch.randn(1, 3, our.image_size, our.image_size).bfloat16()
+    ours = theirs = None
+    if "ours" in sides:
+        model = our_model(ViT, our)
+        ours = partial(model, pixels, (-1,), False)
+    if "theirs" in sides:
+        model = their_model(getattr(transformers, name), config)
+        theirs = partial(model, pixels)
+    N, D = our.grid_side**2, our.hidden_size
+    block = 2 * N * (4 * D * D + 2 * D * our.intermediate_size) + 4 * N * N * D
+    return Rivals(ours, theirs, our.num_layers * block + 2 * N * 3 * our.patch_size**2 * D)
+
+
+def qwen2_vl_tower(side, layers, sides, pictures=1):
+    """Qwen2-VL's tower on square pictures of `side` pixels. Which patch is which matters to no one's speed."""
+    config = {**QWEN2_VL_TOWER, "depth": layers or QWEN2_VL_TOWER["depth"]}
+    our = qwen2_vl.VisionConfig.from_hf(config)
+    grid = torch.tensor([[1, side // our.patch_size, side // our.patch_size]] * pictures)
+    patches = torch.randn(int(grid.prod(1).sum()), our.patch_dim).bfloat16()
+    ours = theirs = None
+    if "ours" in sides:
+        ours = partial(our_model(qwen2_vl.VisionTower, our), patches, grid)
+    if "theirs" in sides:
+        theirs = partial(their_model(Qwen2VisionTransformerPretrainedModel, config), patches, grid_thw=grid)
+    return Rivals(ours, theirs, tower_flops(our, len(patches), pictures))
+
+
+def tower_flops(config, P, pictures=1):
+    C, wide = config.hidden_size, config.merge**2 * config.hidden_size
+    block = 2 * P * (4 * C * C + 2 * C * config.intermediate_size) + 4 * P * (P // pictures) * C
+    merger = 2 * (P // config.merge**2) * (wide * wide + wide * config.out_size)
+    return config.num_layers * block + merger + 2 * P * config.patch_dim * C
+
+
+def qwen2_vl_prefill(side, layers, sides):
+    """Qwen2-VL-2B up to the logits of the first token of an answer, its cache filled."""
+    vision = {**QWEN2_VL_TOWER, "depth": layers or QWEN2_VL_TOWER["depth"]}
+    text = {**QWEN2_VL_TEXT, "num_hidden_layers": layers or QWEN2_VL_TEXT["num_hidden_layers"]}
+    config = {**text, "model_type": "qwen2_vl", "image_token_id": IMAGE_TOKEN, "vision_config": vision}
+    our = qwen2_vl.Qwen2VLConfig.from_hf(config)
+    P = (side // our.vision.patch_size) ** 2
+    patches, grid = torch.randn(P, our.vision.patch_dim).bfloat16(), torch.tensor([[1, int(P**0.5), int(P**0.5)]])
+    num_tokens = P // our.vision.merge**2
+    ids = torch.tensor([[IMAGE_TOKEN] * num_tokens + list(range(100, 100 + QUESTION))])
+    ours = theirs = None
+    if "ours" in sides:
+        model = our_model(qwen2_vl.Model, our)
+        inputs = Inputs(ids, torch.ones_like(ids), pixel_values=patches, image_grid_thw=grid)
+
+        def ours():
+            return model(inputs, model.new_cache(ids.shape[1] + 1), last_only=True)
+
+    if "theirs" in sides:
+        theirs = partial(
+            their_model(transformers.Qwen2VLForConditionalGeneration, config),
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=patches, image_grid_thw=grid,
+            mm_token_type_ids=(ids == IMAGE_TOKEN).int(), use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+    T, D, F = ids.shape[1], text["hidden_size"], text["intermediate_size"]
+    width = D + 2 * D * text["num_key_value_heads"] // text["num_attention_heads"]  # of queries, keys and values
+    block = 2 * T * (D * width + D * D + 3 * D * F) + 2 * T * T * D  # half of attention's products: it is causal
+    flops = tower_flops(our.vision, P) + text["num_hidden_layers"] * block + 2 * D * text["vocab_size"]
+    return Rivals(ours, theirs, flops)
+
+
+CASES = {
+    "clip-l/336": partial(fixed_tower, CLIP),
+    "siglip-so400m/384": partial(fixed_tower, SIGLIP),
+    "qwen2-vl 448": partial(qwen2_vl_tower, 448),
+    "qwen2-vl 1344": partial(qwen2_vl_tower, 1344),
+    "qwen2-vl-2b prefill 448": partial(qwen2_vl_prefill, 448),
+}
+MEMORY_CASES = {
+    "one picture of 1344 x 1344": partial(qwen2_vl_tower, 1344),
+    "four pictures of 1344 x 1344": partial(qwen2_vl_tower, 1344, pictures=4),
+}
+MEMORY_LAYERS = 2  # what one layer needs is given back before the next
+
+
+# ---------------------------------------------------------------------------------------------------------- the models
+
+
+def our_model(kind, config):
+    with torch.device("meta"):
+        model = kind(config).bfloat16()
+    model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    fill(model)
+    for module in model.modules():
+        if hasattr(module, "pack"):
+            module.pack()
+    return model
+
+
+def their_model(kind, config):
+    model = kind._from_config(kind.config_class(**config), dtype=torch.bfloat16).eval()
+    fill(model)
+    return model
+
+
+@torch.no_grad()
+def fill(model):
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def matrix_peak():
+    """A function of nothing that measures the floating-point operations per second of a large packed product."""
+    linear = our_model(lambda width: Linear(width, width), 4096)
+    x = torch.randn(2048, 4096).bfloat16()
+    return lambda: 2 * x.shape[0] * 4096**2 / seconds(partial(linear, x))
+
+
+@torch.inference_mode()
+def seconds(run):
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def speed_table(names, layers, rounds):
+    peak = matrix_peak()
+    print(f"\n{'':26}{'minivlm':>10}{'of peak':>9}{'transformers':>14}{'of peak':>9}{'ratio':>8}")
+    for name in names:
+        rivals = CASES[name](layers, ("ours", "theirs"))
+        turns = [(peak(), seconds(rivals.ours), seconds(rivals.theirs)) for _ in range(rounds + 1)][1:]  # one warms up
+        ratio = statistics.median(theirs / ours for _, ours, theirs in turns)
+        cells = []
+        for side in (1, 2):
+            share = statistics.median(rivals.flops / turn[side] / turn[0] for turn in turns)
+            cells += [f"{statistics.median(turn[side] for turn in turns):.2f} s", f"{share:.0%}"]
+        print(f"{name:26}{cells[0]:>10}{cells[1]:>9}{cells[2]:>14}{cells[3]:>9}{ratio:8.2f}", flush=True)
+    top = statistics.median(peak() for _ in range(5))
+    print(f"the peak, at the end: {top / 1e9:.0f} GFLOP/s")
+
+
+def memory_table():
+    print(f"\nQwen2-VL's tower, {MEMORY_LAYERS} layers: resident memory at its peak, beyond weights and pixels")
+    print(f"{'':30}{'minivlm':>10}{'transformers':>14}")
+    for name in MEMORY_CASES:
+        grown = []
+        for side in ("ours", "theirs"):
+            command = [sys.executable, __file__, "--child", name, side]
+            grown.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        print(f"{name:30}{grown[0] / 1e6:7.0f} MB{grown[1] / 1e6:11.0f} MB", flush=True)
+    P = 4 * (1344 // 14) ** 2
+    print(f"a bool mask over the {P} patches of all four would be {P * P / 1e6:.0f} MB, a head's scores twice that")
+
+
+@torch.inference_mode()
+def memory_child(name, side):
+    """Prints the bytes by which the peak stands above what was resident before."""
+    rivals = MEMORY_CASES[name](MEMORY_LAYERS, (side,))
+    qwen2_vl_tower(56, 1, (side,))  # imports and thread pools
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is from now on
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (rivals.ours or rivals.theirs)()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", choices=[*CASES, "memory"], action="append", help="default: all")
+    parser.add_argument("--layers", type=int, help="of the tower, and of the decoder (default: as many as there are)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        memory_child(*args.child)
+        return
+    names = args.shapes or [*CASES, "memory"]
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    depth = f"{args.layers} layers of each" if args.layers else "all layers"
+    print(f"{versions}, {torch.get_num_threads()} threads, bfloat16, {depth}, medians of {args.rounds} rounds")
+    if names != ["memory"]:
+        speed_table([name for name in names if name != "memory"], args.layers, args.rounds)
+    if "memory" in names:
+        memory_table()
+
+
+if __name__ == "__main__":
+    main()
