@@ -125,6 +125,13 @@ def test_a_file_is_sampled_by_the_rule_unless_the_message_says(film):
         assert (ours.num_source_frames, ours.fps) == (48, 24)
 
 
+def test_an_uneven_film_is_cut_by_its_times_and_sampled_by_its_numbers(tmp_path):
+    film = write_film(tmp_path / "film.mkv", 6, times=[0, 100, 200, 1000, 1100, 2000])
+    ours = open_video(film, {"num_frames": 3}, EIGHT)
+    assert ours.indices == [0, 2, 4] and ours.seconds == pytest.approx([0, 0.2, 1.1])
+    assert open_video(film, {"video_start": 0.5, "video_end": 1.5}, EIGHT).indices == [3, 4]
+
+
 def test_a_film_may_be_given_in_every_way(film):
     data = film.read_bytes()
     theirs = stack(open_video(film, {}, EIGHT))
