@@ -147,6 +147,14 @@ def test_films_have_settings_of_their_own_and_they_are_those_of_pictures(tmp_pat
         load(folder)
 
 
+def test_what_is_padded_to_a_square_is_no_matter_of_do_pad():
+    """Which in their files is about tiles in a batch: each of several pictures is, and no frame."""
+    vlm, talk = opened()[1], [turn("user", picture(60, 90), picture(9, 40), film(2), "What?")]
+    one, other = (vlm.preprocess([talk], images_kwargs={"do_pad": do_pad}) for do_pad in (True, False))
+    assert torch.equal(one.pixel_values, other.pixel_values)
+    assert torch.equal(one.pixel_values_videos, other.pixel_values_videos)
+
+
 @pytest.mark.parametrize("parts", [(picture(60, 90), picture(9, 9)), (film(1),)], ids=["pictures", "film"])
 def test_pixels_that_the_tower_cannot_see_are_refused(parts):
     _, vlm = opened()

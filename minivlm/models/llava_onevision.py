@@ -288,7 +288,6 @@ def tiles_of(pictures: list[Image.Image], images: ImageConfig) -> list[tuple[Ten
 
 def frames_of(film: object, options: dict, rule: FilmRule, images: ImageConfig) -> Tensor:
     """Pixels `(frames, 3, height, width)` of a film: every frame squashed to a square, as soon as it is decoded."""
-    images = replace(images, do_pad=False)
 
     def squash(frame: Image.Image, _: int) -> Image.Image:
         size = resized_size((frame.height, frame.width), images.size)
