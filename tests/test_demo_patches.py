@@ -100,3 +100,18 @@ def test_a_tower_learns_from_its_patches():
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.grad is not None for p in reader.read.parameters())
+
+
+def test_what_the_projector_passes_on_is_read_at_any_loudness():
+    config = json.loads((DEMO_CHECKPOINT / "config.json").read_text())
+    processor = llava_next.Processor.from_folder(DEMO_CHECKPOINT, config)
+    model = llava_next.Model.from_config(config)
+    initialise(model)
+    projector = model.multi_modal_projector
+    reader = PatchReader(model.vision_tower, config["text_config"]["hidden_size"], projector)
+    batch = Patches(processor.images, 1, 2)[0]
+    quiet = reader.loss(batch)
+    with torch.no_grad():
+        for parameter in projector.linear_2.parameters():
+            parameter *= 10
+    torch.testing.assert_close(reader.loss(batch), quiet, rtol=1e-4, atol=0)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from minivlm.demo import world
-from minivlm.demo.questions import NUMBERS
+from minivlm.demo.questions import NUMBERS, describe
 from minivlm.demo.scene import COLOURS, HELD_OUT_WORDS, PLACES, RADII, SHAPES, WORDS
 
 SEEDS = [*world.TRAIN_SEEDS[:300], *world.HELD_OUT_SEEDS[:300]]
@@ -157,6 +157,14 @@ def test_conversations_ask_every_kind_about_equally_often():
         kinds.update(asked[message["content"][-1]["text"]] for message in messages[::2])
     assert set(kinds) == set(world.KINDS)
     assert all(0.15 < kinds[kind] / kinds.total() < 0.22 for kind in world.KINDS if kind != "read")
+
+
+def test_most_descriptions_give_nothing_away():
+    last = 0
+    for seed in range(400):
+        scene, messages = world.conversation(seed)
+        last += messages[-1]["content"][0]["text"] == describe(scene)
+    assert 0.7 < last / 400 < 0.9
 
 
 def test_corpus_spells_every_letter_and_answer():

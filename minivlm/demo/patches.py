@@ -104,17 +104,23 @@ def readings_of_patches(scene: Scene) -> Tensor:
 
 
 class PatchReader(nn.Module):
-    """The tower with linear heads that read every patch: what it sees, and where, it must be able to say."""
+    """Linear heads that read every patch from the tower's features, or from what `projector` makes of them.
 
-    def __init__(self, tower: nn.Module, width: int):
+    The projector's side is read as the decoder reads it, normalised: else the projector would learn to shout, and an
+    image token that drowns what the decoder's layers add to it cannot be told where in a word its letter stands.
+    """
+
+    def __init__(self, tower: nn.Module, width: int, projector: nn.Module | None = None):
         super().__init__()
-        self.tower = tower
+        self.tower, self.projector = tower, projector
         self.cover = nn.Linear(width, len(CLASS_NAMES) + len(COLOURS) + len(SHAPES))
         self.read = nn.ModuleList([nn.Linear(width, len(answers)) for answers in READINGS.values()])
 
     def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         pixels, covers, readings = batch
         x = self.tower(pixels, (-1,), True)  # (I, P, C)
+        if self.projector is not None:
+            x = F.rms_norm(self.projector(x), self.read[0].weight.shape[1:])  # (I, P, D)
         loss = F.binary_cross_entropy_with_logits(self.cover(x), covers) * covers.shape[-1]
         for head, answers in zip(self.read, readings.unbind(-1), strict=True):
             loss = loss + F.cross_entropy(head(x).flatten(0, 1), answers.flatten())

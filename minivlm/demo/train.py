@@ -2,10 +2,12 @@
 
     python -m minivlm.demo.train --out minivlm/demo/llava_next
 
-Two stages, the order that the published models follow, too. First the tower learns to see (CLIP did, before LLaVA was
-built on it): each patch must name what is in it. Then everything is trained together on conversations. From scratch
-and all at once, the language model learns to answer from the question alone and stays blind. Interrupt it when you
-like; the same command goes on.
+Four stages, in the order that the published models follow, too. The tower learns to see, as CLIP did before LLaVA was
+built on it: it is asked about every patch (patches.py). The projector learns to pass on what the tower sees. Then both
+are frozen, and the language model learns to talk about what they show: from scratch and all at once, it would learn to
+answer from the question alone and stay blind, and its first gradients, which are noise, would blind a tower that sees.
+Last, all three learn on, slowly.
+Interrupt it when you like; the same command goes on.
 """
 
 import argparse
@@ -13,19 +15,25 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from minivlm.conversation import IGNORED
 from minivlm.demo.patches import PATCH, TILE, Patches, PatchReader
 from minivlm.demo.world import LONG_SIDE, TRAIN_SEEDS, conversation, corpus, render
+from minivlm.inputs import Inputs
 from minivlm.models import llava_next
-from minivlm.train import fit, initialise, next_token_loss
+from minivlm.train import fit, initialise
 from minivlm.weights import save_weights
 
 CANVASES = [[144, 144], [72, 144], [144, 72]]  # (height, width) in pixels
 # Longer sides of training pictures in pixels; at LONG_SIDE nothing has to be resized. Users' pictures are larger.
 SIDES = (LONG_SIDE, LONG_SIDE, 2 * LONG_SIDE, 216, 180, 336)
 
-TURNS = 6  # questions per picture: most of the work is looking, so ask as much as possible about each
+SEE_BATCH, TALK_BATCH = 32, 16  # pictures per step
+TURNS = 10  # questions per picture: most of the work is looking, so ask as much as possible about each
 
 # ChatML, as in llava-v1.6-34b and llava-next-72b.
 TEMPLATE = (
@@ -152,12 +160,38 @@ class Talks(Dataset):
         return self.processor(talks, labels=True, add_generation_prompt=False)
 
 
+@torch.no_grad()
+def quieten(projector: nn.Module, features: Tensor):
+    """Scales what the projector makes of `features (I, P, C)` to a norm of 1, near that of fresh word embeddings.
+
+    Layers add to a token what they find out about it; a loud token would not change.
+    """
+    norm = projector(features).norm(dim=-1).mean()
+    for parameter in projector.linear_2.parameters():
+        parameter /= norm
+
+
+def answers_loss(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The next token's loss, each answer with the square root of its length.
+
+    By the token, as `next_token_loss` counts, the descriptions would be nearly all of it, and a yes nothing.
+    """
+    wanted = inputs.labels[:, 1:]
+    counts = wanted != IGNORED  # (B, T - 1)
+    begins = counts & ~F.pad(counts, (1, 0))[:, :-1]
+    answer = begins.flatten().cumsum(0).view_as(counts)[counts]  # the answer's number, for each of its tokens
+    weights = answer.bincount().float().rsqrt()[answer]
+    losses = F.cross_entropy(model(inputs)[:, :-1][counts], wanted[counts], reduction="none")
+    return (weights * losses).sum() / weights.sum()
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m minivlm.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--see", type=int, default=3000, help="steps of the first stage (default: %(default)s)")
-    parser.add_argument("--talk", type=int, default=6000, help="steps of the second stage (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default: %(default)s)")
+    parser.add_argument("--align", type=int, default=600, help="steps of the second stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=4200, help="steps of the third stage (default: %(default)s)")
+    parser.add_argument("--tune", type=int, default=600, help="steps of the last stage (default: %(default)s)")
     args = parser.parse_args()
 
     make_folder(args.out)
@@ -168,14 +202,29 @@ def main():
     work = args.out / "training"  # the state of an interrupted run; removed at the end
     work.mkdir(exist_ok=True)
 
-    reader = PatchReader(model.vision_tower, config["vision_config"]["hidden_size"])
-    seen = Patches(processor.images, args.see, args.batch_size)
-    fit(reader, seen, reader.loss, 2e-3, work / "see.pt", name="seeing", muon=True)
+    tower, projector = model.vision_tower, model.multi_modal_projector
+    reader = PatchReader(tower, config["vision_config"]["hidden_size"])
+    batches = Patches(processor.images, args.see, SEE_BATCH)
+    fit(reader, batches, reader.loss, 2e-3, work / "see.pt", name="seeing", muon=True)
 
-    talks = Talks(processor, args.talk, args.batch_size, first_seed=args.see * args.batch_size)
-    # Frozen, as in LLaVA-1.5: the first gradients of the language model are noise, which would soon blind the tower.
-    model.vision_tower.requires_grad_(False)
-    fit(model, talks, lambda batch: next_token_loss(model, batch), 2e-3, work / "talk.pt", name="talking", muon=True)
+    tower.requires_grad_(False)
+    reader = PatchReader(tower, config["text_config"]["hidden_size"], projector)
+    batches = Patches(processor.images, args.align, SEE_BATCH)
+    fit(reader, batches, reader.loss, 2e-3, work / "align.pt", name="aligning")
+
+    def loss(batch: Inputs) -> Tensor:
+        return answers_loss(model, batch)
+
+    quieten(projector, tower(batches[0][0], (-1,), True))
+
+    projector.requires_grad_(False)
+    first = args.see * SEE_BATCH  # no picture is seen twice
+    batches = Talks(processor, args.talk, TALK_BATCH, first)
+    fit(model, batches, loss, 1.2e-3, work / "talk.pt", name="talking", muon=True)
+
+    model.requires_grad_(True)
+    batches = Talks(processor, args.tune, TALK_BATCH, first + args.talk * TALK_BATCH)
+    fit(model, batches, loss, 2e-4, work / "tune.pt", name="tuning", muon=True)
     save_weights(model.half(), args.out, llava_next.KEYS)
     shutil.rmtree(work)
 

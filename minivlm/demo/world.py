@@ -45,8 +45,11 @@ def conversation(seed: int, turns: int = 5) -> tuple[Scene, list[dict]]:
     while any(by_kind.values()):
         left = [kind for kind in KINDS if by_kind[kind]]
         order += [by_kind[left[i]].pop() for i in rng.permutation(len(left))]
+    order = order[:turns]
+    if rng.random() < 0.75:  # a description gives away what is asked after it: nobody would have to look any more
+        order.sort(key=lambda question: question.kind == "describe")
     messages = []
-    for question in order[:turns]:
+    for question in order:
         messages.append({"role": "user", "content": [{"type": "text", "text": question.question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
     messages[0]["content"].insert(0, {"type": "image"})
