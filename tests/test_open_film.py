@@ -131,6 +131,24 @@ class CountingDecoder:
         self.codec.flush_buffers()
 
 
+def test_frames_that_a_film_hides_are_not_counted(tmp_path):
+    """VP8's alternate references: packets of their own, which are decoded and never shown."""
+    path = tmp_path / "film.webm"
+    with av.open(str(write_film(tmp_path / "shown.webm", 12, "libvpx"))) as shown, av.open(str(path), "w") as film:
+        copy = film.add_stream_from_template(shown.streams.video[0])
+        for number, packet in enumerate(shown.demux(video=0)):
+            if packet.size:
+                data = bytearray(bytes(packet))
+                data[0] &= 0xFF if number != 5 else 0xEF  # its bit "show_frame"
+                hidden = av.Packet(bytes(data))
+                hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+                hidden.is_keyframe, hidden.stream = packet.is_keyframe, copy
+                film.mux(hidden)
+    theirs = decode(path)
+    assert len(theirs) == len(open_path(path).times) == 11
+    assert np.array_equal(taken(open_path(path), [3, 7, 10]), theirs[[3, 7, 10]])
+
+
 def test_eight_frames_of_a_long_film_do_not_decode_it(tmp_path, monkeypatch):
     """2000 frames with a keyframe every 20th: 8 frames need 8 · 20 at the most, and not one is kept besides."""
     path = write_film(tmp_path / "film.mp4", 2000, gop=20)
