@@ -102,6 +102,7 @@ def test_limits_come_from_the_part_the_call_or_the_folder(checkpoints):
     ({"video": [picture(8, 8)], "min_pixels": "many"}, {}, "min_pixels"),
     ({"video": [picture(8, 8)], "min_pixels": 128, "max_pixels": 64}, {}, "more than max_pixels"),
     ({"video": [picture(8, 8)]}, {"merge_size": 1}, "merge_size 1"),
+    ({"video": [picture(8, 8)]}, {"min_pixels": 128, "max_pixels": 64}, "more than max_pixels"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(checkpoints, part, images_kwargs, said):
     _, vlm = checkpoints()

@@ -426,6 +426,9 @@ class Settings:
         """With a caller's settings on top, for pictures and frames alike."""
         given = pixel_limits(images_kwargs)
         pictures, frames = self.pictures.override(given), self.frames.override(given)
+        least, most = (given.get(key) for key in LIMIT_OPTIONS)
+        if least and most and least > most:
+            raise MinivlmError(f"min_pixels is {least}, which is more than max_pixels, {most}")
         return replace(self, pictures=pictures, frames=frames, asked=given.get("max_pixels", self.asked))
 
     def share(self, num_frames: int, vision: VisionConfig) -> float:
