@@ -57,6 +57,12 @@ def test_chat_shows_a_picture_once_and_keeps_it_in_the_history(talk, picture):
     assert [part["type"] for part in asked[0][0]["content"]] == ["image", "image", "text"]
 
 
+def test_chat_forgets_what_waits_for_a_question(talk, picture, tmp_path):
+    path = write_film(tmp_path / "a.mp4", 3)
+    asked, _, _ = talk(f"/video {path}", f"/image {picture}", "/clear", "what")
+    assert [part["type"] for part in asked[0][0]["content"]] == ["text"]
+
+
 def films_of(messages):
     return [part for m in messages for part in m["content"] if part["type"] == "video"]
 
