@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from onevision_tiny import opened
 from tiny import picture, turn
 
-from minivlm.preview import draw_tiles, preview, show_prompt, size
+from minivlm.preview import draw_tiles, preview, shortened, show_prompt, size
 from minivlm.text import Tokenizer
 
 TOKENIZERS = {
@@ -64,6 +64,11 @@ def test_tiles_are_drawn_row_by_row():
         "    |   |",
         "    +---+",
     ]
+
+
+def test_a_long_list_loses_its_middle():
+    assert shortened(range(24)) == ", ".join(map(str, range(24)))
+    assert shortened(range(99)) == ", ".join(map(str, [*range(16), "...", 95, 96, 97, 98]))
 
 
 @pytest.mark.parametrize("number, text", [(0, "0 bytes"), (1536, "1.5 KiB"), (2**20, "1 MiB"), (14.1e9, "13.1 GiB")])
