@@ -1,20 +1,22 @@
 """Vision towers, and the prefill of a picture with a question, in bfloat16 on a CPU. Run: python bench/vision.py
 
 Random weights at real layer shapes, minivlm's packed as `load` packs them, transformers' with its default attention
-(SDPA). The rivals take turns and medians of the rounds' ratios are printed, since the speed of a shared machine
-drifts; "of peak" is the floating-point operations of all matrix products, attention's included, over the time, as a
-part of what one large packed product does in the same round. `--layers 8` cuts towers and decoder to their first
-eight layers, all alike. The last table is the peak of resident memory while a tower sees its pictures, each side in a
-process of its own: no N x N mask or table of scores over the patches stands in it.
+(SDPA), each in a process of its own. They take turns and medians of the rounds' ratios are printed, since the speed of
+a shared machine drifts; "of peak" is the floating-point operations of all matrix products, attention's included, over
+the time, as a part of what one large packed product does in the same round. `--layers 8` cuts towers and decoder to
+eight layers, all alike. The last table is the peak of resident memory while a tower sees its pictures: no N x N mask
+or table of scores over the patches stands in it.
 """
 
 import argparse
+import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +28,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from minivlm.inputs import Inputs
 from minivlm.layers import Linear
 from minivlm.models import qwen2_vl
+from minivlm.run import keep_freed_memory
 from minivlm.vit import ViT, ViTConfig
 
 CLIP = {
@@ -47,15 +50,17 @@ QWEN2_VL_TEXT = {
     "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "hidden_act": "silu",
     "use_sliding_window": False, "tie_word_embeddings": True,
 }  # fmt: skip
-IMAGE_TOKEN, QUESTION = 151655, 32  # tokens of a question
+IMAGE_TOKEN = 151655
+QUESTION = 32  # tokens
+FOUR = "qwen2-vl 4 x 1344"
 
 
 @dataclass
 class Rivals:
-    """Two models behind functions of nothing, and the floating-point operations of one run."""
+    """Models behind functions of nothing, None where not asked for, and the floating-point operations of one run."""
 
-    ours: callable
-    theirs: callable
+    ours: Callable | None
+    theirs: Callable | None
     flops: float
 
 
@@ -138,10 +143,7 @@ CASES = {
     "qwen2-vl 448": partial(qwen2_vl_tower, 448),
     "qwen2-vl 1344": partial(qwen2_vl_tower, 1344),
     "qwen2-vl-2b prefill 448": partial(qwen2_vl_prefill, 448),
-}
-MEMORY_CASES = {
-    "one picture of 1344 x 1344": partial(qwen2_vl_tower, 1344),
-    "four pictures of 1344 x 1344": partial(qwen2_vl_tower, 1344, pictures=4),
+    FOUR: partial(qwen2_vl_tower, 1344, pictures=4),
 }
 MEMORY_LAYERS = 2  # what one layer needs is given back before the next
 
@@ -172,6 +174,53 @@ def fill(model):
         parameter.normal_(0, 0.02)
 
 
+# --------------------------------------------------------------------------------------------------------- the children
+
+
+class Child:
+    """One side of a case in a process of its own, which runs when it is told to."""
+
+    def __init__(self, name, layers, side):
+        command = [sys.executable, __file__, "--child", name, side, str(layers)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.flops = json.loads(self.process.stdout.readline())
+
+    def run(self):
+        """Seconds, and the bytes by which resident memory stood above what it was before, at its peak."""
+        print("run", file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def child(name, side, layers):
+    case = CASES[name](int(layers), (side,))
+    if side == "ours":
+        keep_freed_memory()  # as the command line does behind a load
+    print(json.dumps(case.flops), flush=True)
+    for _ in sys.stdin:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak is from now on
+        before = peak_memory()
+        print(json.dumps([seconds(case.ours or case.theirs), peak_memory() - before]), flush=True)
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@torch.inference_mode()
+def seconds(run):
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
 # ---------------------------------------------------------------------------------------------------------- the tables
 
 
@@ -182,65 +231,46 @@ def matrix_peak():
     return lambda: 2 * x.shape[0] * 4096**2 / seconds(partial(linear, x))
 
 
-@torch.inference_mode()
-def seconds(run):
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
 def speed_table(names, layers, rounds):
     peak = matrix_peak()
     print(f"\n{'':26}{'minivlm':>10}{'of peak':>9}{'transformers':>14}{'of peak':>9}{'ratio':>8}")
     for name in names:
-        rivals = CASES[name](layers, ("ours", "theirs"))
-        turns = [(peak(), seconds(rivals.ours), seconds(rivals.theirs)) for _ in range(rounds + 1)][1:]  # one warms up
+        with Child(name, layers, "ours") as ours, Child(name, layers, "theirs") as theirs:
+            turns = [(peak(), ours.run()[0], theirs.run()[0]) for _ in range(rounds + 1)][1:]  # one to warm up
         ratio = statistics.median(theirs / ours for _, ours, theirs in turns)
         cells = []
         for side in (1, 2):
-            share = statistics.median(rivals.flops / turn[side] / turn[0] for turn in turns)
+            share = statistics.median(ours.flops / turn[side] / turn[0] for turn in turns)
             cells += [f"{statistics.median(turn[side] for turn in turns):.2f} s", f"{share:.0%}"]
         print(f"{name:26}{cells[0]:>10}{cells[1]:>9}{cells[2]:>14}{cells[3]:>9}{ratio:8.2f}", flush=True)
-    top = statistics.median(peak() for _ in range(5))
-    print(f"the peak, at the end: {top / 1e9:.0f} GFLOP/s")
+    print(f"peak: {statistics.median(peak() for _ in range(5)) / 1e9:.0f} GFLOP/s")
 
 
 def memory_table():
     print(f"\nQwen2-VL's tower, {MEMORY_LAYERS} layers: resident memory at its peak, beyond weights and pixels")
-    print(f"{'':30}{'minivlm':>10}{'transformers':>14}")
-    for name in MEMORY_CASES:
+    print(f"{'':26}{'minivlm':>10}{'transformers':>14}")
+    for name in ("qwen2-vl 1344", FOUR):
         grown = []
         for side in ("ours", "theirs"):
-            command = [sys.executable, __file__, "--child", name, side]
-            grown.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        print(f"{name:30}{grown[0] / 1e6:7.0f} MB{grown[1] / 1e6:11.0f} MB", flush=True)
+            with Child(name, MEMORY_LAYERS, side) as process:
+                grown.append(process.run()[1])
+        print(f"{name:26}{grown[0] / 1e6:7.0f} MB{grown[1] / 1e6:11.0f} MB", flush=True)
     P = 4 * (1344 // 14) ** 2
     print(f"a bool mask over the {P} patches of all four would be {P * P / 1e6:.0f} MB, a head's scores twice that")
 
 
-@torch.inference_mode()
-def memory_child(name, side):
-    """Prints the bytes by which the peak stands above what was resident before."""
-    rivals = MEMORY_CASES[name](MEMORY_LAYERS, (side,))
-    qwen2_vl_tower(56, 1, (side,))  # imports and thread pools
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak is from now on
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (rivals.ours or rivals.theirs)()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-
-
 def main():
+    speeds = [name for name in CASES if name != FOUR]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", choices=[*CASES, "memory"], action="append", help="default: all")
-    parser.add_argument("--layers", type=int, help="of the tower, and of the decoder (default: as many as there are)")
+    parser.add_argument("--shapes", choices=[*speeds, "memory"], action="append", help="default: all")
+    parser.add_argument("--layers", type=int, default=0, help="of tower and decoder (default: as many as there are)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        memory_child(*args.child)
+        child(*args.child)
         return
-    names = args.shapes or [*CASES, "memory"]
+    names = args.shapes or [*speeds, "memory"]
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     depth = f"{args.layers} layers of each" if args.layers else "all layers"
     print(f"{versions}, {torch.get_num_threads()} threads, bfloat16, {depth}, medians of {args.rounds} rounds")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -356,6 +357,26 @@ def test_a_whole_run_leaves_the_compiler_alone():
     loaded = set(done.stdout.split())
     assert {"torch", "minivlm.generate"} <= loaded
     assert loaded & {"torch._dynamo", "sympy", "transformers", "matplotlib", "av"} == set()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_freed_memory_stays_with_the_process():
+    """A tensor of 31 MB is a mapping of its own before, and afterwards in the heap, which does not shrink behind it."""
+    script = """
+import torch
+from minivlm.run import keep_freed_memory
+def place():
+    return torch.empty(31 * 2**18).data_ptr()  # and gone
+def in_heap(pointer):
+    (heap,) = (line.split()[0] for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
+    start, end = (int(side, 16) for side in heap.split("-"))
+    return start < pointer < end - 31 * 2**20
+before = in_heap(place())
+keep_freed_memory()
+print(before, in_heap(place()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"
 
 
 def test_help_needs_nothing_installed():
