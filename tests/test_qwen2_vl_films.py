@@ -346,11 +346,14 @@ def test_a_limit_that_bites_is_announced(checkpoints, tmp_path, capsys):
 
 
 def test_what_was_asked_for_is_not_announced(checkpoints, tmp_path, capsys):
-    _, vlm = checkpoints()
+    checkpoint, vlm = checkpoints()
     film_grid(vlm, 3, (400, 400), max_pixels=200 * 64)
     film_grid(vlm, 3, (400, 400), {"max_pixels": 200 * 64})
     film_grid(vlm, 3, (400, 400), resized_height=40, resized_width=40)
     film_grid(vlm, 3, (37, 41), min_pixels=64)  # rounded down, by no limit
     path = write_film(tmp_path / "film.mkv", 40)
     vlm.preprocess([ask({"type": "video", "video": path, "num_frames": 6}, picture(41, 37), "What?")])
+    few = with_settings(checkpoint, tmp_path / "few", {"fps": 4, "max_frames": 6})  # as many as 1.5 s have
+    path = write_film(tmp_path / "short.mkv", 24, rate=16)
+    few.preprocess([ask({"type": "video", "video": path, "max_pixels": 64 * 64}, "What?")])
     assert capsys.readouterr().err == ""
