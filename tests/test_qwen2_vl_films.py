@@ -226,6 +226,15 @@ def test_a_folders_settings_for_films_are_followed(checkpoints, tmp_path, name):
     assert (rule.fps, rule.num_frames, rule.min_frames, rule.max_frames, rule.multiple_of) == (4, None, 2, 6, 2)
 
 
+def test_a_folder_that_says_nothing_of_films_shows_frames_as_pictures(checkpoints, tmp_path):
+    """But for their limits."""
+    other = PREPROCESSOR | {"image_mean": [0.5, 0.4, 0.3], "resample": 2}
+    images = with_settings(checkpoints()[0], tmp_path / "f", other, "preprocessor_config.json").processor.images
+    limits = {"min_pixels": images.frames.min_pixels, "max_pixels": images.frames.max_pixels}
+    assert images.frames == replace(images.pictures, **limits) and images.frames.image_mean == (0.5, 0.4, 0.3)
+    assert limits["max_pixels"] != images.pictures.max_pixels
+
+
 @pytest.mark.parametrize("settings, said", [
     ({"fps": 2, "num_frames": 8}, "not by both"),
     ({"fps": -1}, "fps"),
