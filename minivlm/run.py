@@ -88,7 +88,7 @@ FLAGS = {  # group → (names, argparse's options, help)
         ("--chat", FLAG, "a conversation in the terminal; /help there says what it knows"),
         ("--batch", FILE,
          'one question a line: {"prompt": "What is this?", "images": ["cat.jpg"]} or {"messages": [...]}, with '
-         '"videos" and an "id" if you like; needs --output'),
+         '"videos" and an "id" if you like; paths start from the current folder; needs --output'),
         ("--output", FILE,
          "where --batch writes one answer or error a line; called again, it goes on where it stopped"),
     ],
