@@ -4,8 +4,9 @@ Random weights at real layer shapes, minivlm's packed as `load` packs them, tran
 (SDPA), each in a process of its own. They take turns and medians of the rounds' ratios are printed, since the speed of
 a shared machine drifts; "of peak" is the floating-point operations of all matrix products, attention's included, over
 the time, as a part of what one large packed product does in the same round. `--layers 8` cuts towers and decoder to
-eight layers, all alike. The last table is the peak of resident memory while a tower sees its pictures: no N x N mask
-or table of scores over the patches stands in it.
+eight layers, all alike, for a quick look: what comes before and behind them then weighs more than it should. The last
+table is the peak of resident memory while a tower sees its pictures: no N x N mask or table of scores over
+the patches stands in it.
 """
 
 import argparse
