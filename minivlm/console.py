@@ -1,6 +1,7 @@
 """How a person is told of things, notes on stderr and errors as one line; and a question as messages."""
 
 import sys
+from functools import cache
 
 from minivlm.errors import MinivlmError
 from minivlm.files import one_line
@@ -20,6 +21,12 @@ def messages_of(
 
 def note(text: str) -> None:
     print(f"minivlm: {text}", file=sys.stderr, flush=True)
+
+
+@cache
+def note_once(text: str) -> None:
+    """A note about a picture or film, which a conversation shows anew with every question."""
+    note(text)
 
 
 def explain(error: Exception) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 from tqdm import tqdm
 
-from minivlm.console import note
+from minivlm.console import note_once
 from minivlm.errors import MinivlmError
 from minivlm.files import one_line
 from minivlm.sources import BAR_SECONDS, describe
@@ -184,7 +184,7 @@ def _list_packets(container, stream, name: str, decode_all: bool) -> list[_Place
     if is_avi and stream.average_rate:  # FFmpeg has corrected the duration of a shortened AVI without a word
         promised = float(stream.frames / stream.average_rate)
     if not decode_all and end and promised - end > max(0.5, 0.02 * promised):
-        note(f"{name} is cut off: {end:.1f} of its {promised:.1f} seconds are there, and are used")
+        note_once(f"{name} is cut off: {end:.1f} of its {promised:.1f} seconds are there, and are used")
     return sorted(places, key=lambda place: place.pts) if tells else None
 
 
@@ -245,7 +245,7 @@ def _read_frames(file: BinaryIO, name: str) -> Reel:
     damaged = []
     times = [frame.time for frame in watched(_every_frame(file, damaged), "counting frames")]
     if damaged:
-        note(f"{name} is damaged: {len(damaged)} of its packets cannot be decoded, and are left out")
+        note_once(f"{name} is damaged: {len(damaged)} of its packets cannot be decoded, and are left out")
     with _container(file) as container:
         stream = _stream(container)
         told = None not in times and all(a < b for a, b in zip(times, times[1:], strict=False))

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from minivlm.console import note_once
+
 torch.set_num_threads(1)
 # A shell starts its background jobs deaf to Ctrl-C, and they pass that on: tests of Ctrl-C must hear it all the same.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,3 +45,9 @@ def loopback_only():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect_nearby)
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_told():
+    """What is told once is told once in every test."""
+    note_once.cache_clear()

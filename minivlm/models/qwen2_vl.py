@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from minivlm import ops
 from minivlm.cache import KVCache
-from minivlm.console import note
+from minivlm.console import note_once
 from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder, DecoderConfig
 from minivlm.errors import MinivlmError
@@ -507,7 +507,7 @@ def announce(
         tokens = num_image_tokens(grid, vision.merge)
         crowded = settings.share(grid[0] * vision.frames, vision) < settings.frames.max_pixels
         more = "fewer frames may be larger" if crowded and grid[0] > 1 else "max_pixels sets another limit"
-        note(f"{what}, {full[0]} x {full[1]} pixels, is seen at {size[0]} x {size[1]}, as {tokens} tokens; {more}")
+        note_once(f"{what}, {full[0]} x {full[1]} pixels, is seen at {size[0]} x {size[1]}, as {tokens} tokens; {more}")
 
 
 def announce_rate(film: Film, sampling: dict, rule: FilmRule):
@@ -517,7 +517,8 @@ def announce_rate(film: Film, sampling: dict, rule: FilmRule):
     if rate and film.seconds and len(film.frames) == rule.max_frames:
         every = (film.seconds[-1] - film.seconds[0]) / (len(film.frames) - 1)
         if every * rate > 1.01:
-            note(f"a film is too long for {rate:g} frames a second: {len(film.frames)} are taken, every {every:.3g} s")
+            taken = f"{len(film.frames)} are taken, every {every:.3g} s"
+            note_once(f"a film is too long for {rate:g} frames a second: {taken}")
 
 
 class Processor(BaseProcessor):

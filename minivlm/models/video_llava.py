@@ -24,7 +24,6 @@ Sections: configuration, the model, the processor.
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minivlm.console import note
+from minivlm.console import note_once
 from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder
 from minivlm.errors import MinivlmError
@@ -187,7 +186,7 @@ class Processor(BaseProcessor):
             tensors["pixel_values_videos"] = torch.cat(films)  # (I, 3, 224, 224)
             tensors["video_sizes"] = torch.tensor([len(film) for film in films])
             if any(len(film) != NUM_FRAMES for film in films):
-                tell_of_frames()
+                note_once(f"Video-LLaVA learned from films of {NUM_FRAMES} frames; of others it may understand less")
         return tensors
 
     def look_at_film(self, frames: list[Image.Image], images: ImageConfig) -> Tensor:
@@ -225,9 +224,3 @@ def original_pixels(picture: Image.Image, images: ImageConfig, filter: str) -> T
     x = x[:, top : top + images.crop_size[0], left : left + images.crop_size[1]]
     mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
     return (x - mean) / std
-
-
-@cache
-def tell_of_frames():
-    """Once: a batch has many films, and a conversation many turns."""
-    note(f"Video-LLaVA has learned from films of {NUM_FRAMES} frames; with another number it may understand less")
