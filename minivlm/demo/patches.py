@@ -30,6 +30,7 @@ READINGS = {  # question → answers; in the first four, 0 is "none"
     # The decoder's own positions only count tokens: if a feature forgets its place, nobody can tell where things are.
     "row": tuple(range(SIDE)),
     "column": tuple(range(SIDE)),
+    "view": ("overview", "tile"),  # in a tile, the top left is not the picture's
 }
 QUESTION = {name: i for i, name in enumerate(READINGS)}
 UNREADABLE = -100  # nobody could tell; `cross_entropy` leaves it out
@@ -84,6 +85,7 @@ def readings_of_patches(scene: Scene) -> Tensor:
     answers = torch.zeros(VIEWS, SIDE, SIDE, len(READINGS), dtype=torch.int64)
     answers[..., QUESTION["row"]] = torch.arange(SIDE)[:, None]
     answers[..., QUESTION["column"]] = torch.arange(SIDE)
+    answers[1:, ..., QUESTION["view"]] = 1
     answers[0, ..., QUESTION["left letter"] : QUESTION["right letter"] + 1] = UNREADABLE  # in the overview
     top, left = margins((scene.height, scene.width))
     for y, x, name in middles(scene):

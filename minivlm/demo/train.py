@@ -190,8 +190,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--see", type=int, default=3000, help="steps of the first stage (default: %(default)s)")
     parser.add_argument("--align", type=int, default=600, help="steps of the second stage (default: %(default)s)")
-    parser.add_argument("--talk", type=int, default=4200, help="steps of the third stage (default: %(default)s)")
-    parser.add_argument("--tune", type=int, default=600, help="steps of the last stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=3300, help="steps of the third stage (default: %(default)s)")
+    parser.add_argument("--tune", type=int, default=300, help="steps of the last stage (default: %(default)s)")
     args = parser.parse_args()
 
     make_folder(args.out)
