@@ -2,11 +2,10 @@
 
     python -m minivlm.demo.train --out minivlm/demo/llava_next
 
-Four stages, in the order that the published models follow, too. The tower learns to see, as CLIP did before LLaVA was
+Three stages, in the order that the published models follow, too. The tower learns to see, as CLIP did before LLaVA was
 built on it: it is asked about every patch (patches.py). The projector learns to pass on what the tower sees. Then both
-are frozen, and the language model learns to talk about what they show: from scratch and all at once, it would learn to
+are frozen, and the language model learns to talk about what they show. From scratch and all at once, it would learn to
 answer from the question alone and stay blind, and its first gradients, which are noise, would blind a tower that sees.
-Last, all three learn on, slowly.
 Interrupt it when you like; the same command goes on.
 """
 
@@ -190,8 +189,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--see", type=int, default=3000, help="steps of the first stage (default: %(default)s)")
     parser.add_argument("--align", type=int, default=600, help="steps of the second stage (default: %(default)s)")
-    parser.add_argument("--talk", type=int, default=3300, help="steps of the third stage (default: %(default)s)")
-    parser.add_argument("--tune", type=int, default=300, help="steps of the last stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=3900, help="steps of the last stage (default: %(default)s)")
     args = parser.parse_args()
 
     make_folder(args.out)
@@ -211,20 +209,11 @@ def main():
     reader = PatchReader(tower, config["text_config"]["hidden_size"], projector)
     batches = Patches(processor.images, args.align, SEE_BATCH)
     fit(reader, batches, reader.loss, 2e-3, work / "align.pt", name="aligning")
-
-    def loss(batch: Inputs) -> Tensor:
-        return answers_loss(model, batch)
-
     quieten(projector, tower(batches[0][0], (-1,), True))
 
     projector.requires_grad_(False)
-    first = args.see * SEE_BATCH  # no picture is seen twice
-    batches = Talks(processor, args.talk, TALK_BATCH, first)
-    fit(model, batches, loss, 1.2e-3, work / "talk.pt", name="talking", muon=True)
-
-    model.requires_grad_(True)
-    batches = Talks(processor, args.tune, TALK_BATCH, first + args.talk * TALK_BATCH)
-    fit(model, batches, loss, 2e-4, work / "tune.pt", name="tuning", muon=True)
+    batches = Talks(processor, args.talk, TALK_BATCH, first_seed=args.see * SEE_BATCH)  # on pictures that are all new
+    fit(model, batches, lambda batch: answers_loss(model, batch), 1.2e-3, work / "talk.pt", name="talking", muon=True)
     save_weights(model.half(), args.out, llava_next.KEYS)
     shutil.rmtree(work)
 
