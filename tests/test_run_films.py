@@ -11,7 +11,7 @@ import video_llava_tiny
 from films import write_film
 
 from minivlm import run
-from minivlm.demo import DEMO_PICTURE
+from minivlm.demo.world import PICTURES
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_model_without_films_says_so(capsys, film):
 
 def test_limits_of_pixels_are_those_of_pictures_and_frames(answered, film):
     """In cells of 8 × 8 pixels: 16 of a square picture, and 12 of each frame pair."""
-    seen = ["--ckpt", str(qwen2_vl_tiny.opened()[0].folder), "--image", str(DEMO_PICTURE), "--video", film]
+    seen = ["--ckpt", str(qwen2_vl_tiny.opened()[0].folder), "--image", str(PICTURES / "shapes.png"), "--video", film]
     out, err = answered("--dry-run", *seen, "--max-pixels", "1024")
     assert "<|image_pad|>×16<" in out and "film 1: 4 of 48 frames, 24 tokens" in out
     assert err == "minivlm: no --prompt: Describe the picture.\n"  # nothing was shrunk without being asked for
