@@ -62,12 +62,20 @@ def initialise(model: nn.Module, seed: int = 0):
                 p.normal_(0, 0.02, generator=generator)
 
 
-def next_token_loss(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Mean cross-entropy of each answer token given everything before it (labels −100 do not count)."""
+def next_token_losses(model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each answer token given everything before it `(N,)`, and which of `labels[:, 1:]` those are.
+
+    Labels of −100 do not count: of a few hundred tokens some fifty do, and the others need no softmax.
+    """
     wanted = inputs.labels[:, 1:]
-    counts = wanted != IGNORED  # of a few hundred tokens some fifty: the others need no softmax
+    counts = wanted != IGNORED  # (B, T - 1)
     logits = model(inputs)[:, :-1]  # (B, T - 1, V)
-    return F.cross_entropy(logits[counts], wanted[counts])
+    return F.cross_entropy(logits[counts], wanted[counts], reduction="none"), counts
+
+
+def next_token_loss(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Mean over all answer tokens."""
+    return next_token_losses(model, inputs)[0].mean()
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float) -> float:

@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from minivlm.conversation import IGNORED
 from minivlm.demo.patches import PATCH, TILE, Patches, PatchReader
 from minivlm.demo.world import LONG_SIDE, TRAIN_SEEDS, conversation, corpus, render
 from minivlm.inputs import Inputs
 from minivlm.models import llava_next
-from minivlm.train import fit, initialise
+from minivlm.train import fit, initialise, next_token_losses
 from minivlm.weights import save_weights
 
 CANVASES = [[144, 144], [72, 144], [144, 72]]  # (height, width) in pixels
@@ -175,12 +174,10 @@ def answers_loss(model: nn.Module, inputs: Inputs) -> Tensor:
 
     By the token, as `next_token_loss` counts, the descriptions would be nearly all of it, and a yes nothing.
     """
-    wanted = inputs.labels[:, 1:]
-    counts = wanted != IGNORED  # (B, T - 1)
+    losses, counts = next_token_losses(model, inputs)  # (N,), (B, T - 1)
     begins = counts & ~F.pad(counts, (1, 0))[:, :-1]
     answer = begins.flatten().cumsum(0).view_as(counts)[counts]  # the answer's number, for each of its tokens
     weights = answer.bincount().float().rsqrt()[answer]
-    losses = F.cross_entropy(model(inputs)[:, :-1][counts], wanted[counts], reduction="none")
     return (weights * losses).sum() / weights.sum()
 
 
