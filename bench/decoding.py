@@ -16,9 +16,9 @@ import torch
 import transformers
 
 from minivlm.decoder import Decoder, DecoderConfig
+from minivlm.fuse import BaseModel
 from minivlm.generate import generate
 from minivlm.inputs import Inputs
-from minivlm.models import llava
 from minivlm.sampling import Sampling
 
 VICUNA_7B = {
@@ -53,18 +53,15 @@ class NoTokenizer:
         return ""
 
 
-class TextModel(llava.Model):
+class TextModel(BaseModel):
     """The decoder behind the interface that `generate` knows, without a tower."""
 
     def __init__(self, config):
-        torch.nn.Module.__init__(self)
+        super().__init__()
         self.language_model = Decoder(config)
 
     def embed(self, inputs):
         return self.language_model.embed_tokens(inputs.input_ids)
-
-    def new_cache(self, capacity=0):
-        return llava.KVCache(self.language_model.config.num_layers, capacity)
 
 
 def our_model(config):
