@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -342,13 +341,11 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 def test_a_real_ctrl_c_does_not_end_a_conversation():
+    """The process signals itself, in the middle of an answer: a signal from here could come while it waits for the
+    next question, where Python may drop the line that it reads at that moment."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = start("--ckpt", "x", "--chat", "-p", "hi", **pipes)
-    assert process.stdout.readline() == b"0 pictures: hi\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(b"more\n")  # it came while the next question was read, or just before
-    assert process.returncode == 0 and b"0 pictures: more\n" in out
-    assert err.strip() in (b"/quit or Ctrl-D leaves", b"(stopped)")
+    out, err = start("--ckpt", "x", "--chat", "-p", "ctrl-c", **pipes).communicate(b"more\n")
+    assert out == b"0\n0 pictures: more\n" and err == b"(stopped)\n"
 
 
 def test_a_whole_run_leaves_the_compiler_alone():
