@@ -141,7 +141,7 @@ FAMILY_FIELDS = {
 
 
 def _parse(hf: dict, foreign: Iterable[str] = ()) -> dict:
-    """A config's JSON -> fields of ImageConfig; null means not given."""
+    """A config's JSON → fields of ImageConfig; null means not given."""
     values = {}
     for key, value in hf.items():
         if value is None or key in BOOKKEEPING:

@@ -26,7 +26,7 @@ MAX_SQUARE_PIXELS = 500_000_000  # that padding may make: 2 GB for a moment, for
 
 
 def to_pixels(image: Image.Image, config: ImageConfig) -> torch.Tensor:
-    """RGB picture -> (3, height, width) float32: pad to a square, resize, centre crop, rescale, normalise, each if the
+    """RGB picture → (3, height, width) float32: pad to a square, resize, centre crop, rescale, normalise, each if the
     config says so. LLaVA-1.5's, Video-LLaVA's and SigLIP's whole preprocessing; anyres applies it to each tile."""
     if config.do_pad:
         image = expand_to_square(image, mean_colour(config))
@@ -111,7 +111,7 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def normalise(image: Image.Image, config: ImageConfig) -> torch.Tensor:
-    """RGB picture -> (3, height, width) float32."""
+    """RGB picture → (3, height, width) float32."""
     table, pixels = pixel_table(config), np.asarray(image)  # (3, 256), (height, width, 3)
     out = np.empty((3, image.height, image.width), dtype=np.float32)
     for channel in range(3):
@@ -120,7 +120,7 @@ def normalise(image: Image.Image, config: ImageConfig) -> torch.Tensor:
 
 
 def pixel_table(config: ImageConfig) -> np.ndarray:
-    """-> (3, 256) float32: what each uint8 becomes in each channel. It has 256 values, so rescaling and normalising,
+    """→ (3, 256) float32: what each uint8 becomes in each channel. It has 256 values, so rescaling and normalising,
     each if the config says so, are done once on those. To be read only: it is kept for the next picture."""
     return _pixel_table(
         config.rescale_factor if config.do_rescale else 1.0,
@@ -163,7 +163,7 @@ def _centred(image: Image.Image, size: tuple[int, int], colour: tuple[int, int, 
 
 
 def anyres_tiles(image: Image.Image, config: ImageConfig) -> torch.Tensor:
-    """RGB picture -> (1 + rows * columns, 3, tile, tile) float32: the whole picture squashed to a square, then the
+    """RGB picture → (1 + rows * columns, 3, tile, tile) float32: the whole picture squashed to a square, then the
     tiles of its best pinpoint row by row, on black.
 
     `config.do_resize` turns off only the last resize of each view, as in the reference."""

@@ -26,7 +26,7 @@ EXIF_ORIENTATION = 0x0112
 
 
 def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
-    """-> upright RGB picture from a path, an http(s):// or file:// URL, a data: URI, the bytes of a file, a PIL
+    """→ upright RGB picture from a path, an http(s):// or file:// URL, a data: URI, the bytes of a file, a PIL
     image, or a uint8 array (height, width, 3).
 
     EXIF orientation is applied and transparency is composited on white, from a PIL image as from a file: what a person

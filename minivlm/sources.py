@@ -29,7 +29,7 @@ BAR_SECONDS = 2.0  # of waiting before a progress bar shows up
 def open_source(
     source: str | Path | bytes, kind: str, max_bytes: int, max_seconds: float, scratch: Callable[[], BinaryIO] = BytesIO
 ) -> tuple[BinaryIO, str, bytes]:
-    """-> (file at its start, its name for errors, its first bytes). `kind`: "picture" or "film", for errors.
+    """→ (file at its start, its name for errors, its first bytes). `kind`: "picture" or "film", for errors.
     `max_bytes` of a download or data: URI, `max_seconds` of a download, which is written to what `scratch` makes."""
     file, name = _open(source, kind, max_bytes, max_seconds, scratch)
     try:
@@ -79,7 +79,7 @@ def _open_file(path: Path, kind: str) -> tuple[BinaryIO, str]:
 
 
 def _open_data_uri(uri: str, max_bytes: int) -> tuple[BinaryIO, str]:
-    """RFC 2397, `data:[type][;base64],payload` -> the bytes, and a name without the payload for errors."""
+    """RFC 2397, `data:[type][;base64],payload` → the bytes, and a name without the payload for errors."""
     head, comma, payload = uri.partition(",")
     name = f"the data: URI ({len(uri)} characters)"
     if not comma:

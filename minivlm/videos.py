@@ -90,7 +90,7 @@ def open_video(
 
 
 def check_film_options(options: dict) -> dict:
-    """-> what is asked for, `nframes` as `num_frames`, null left out."""
+    """→ what is asked for, `nframes` as `num_frames`, null left out."""
     options = {key: value for key, value in options.items() if value is not None}
     for key, value in options.items():
         if key not in FILM_OPTIONS:
