@@ -7,19 +7,21 @@ from minivlm.errors import MinivlmError
 from minivlm.inputs import Inputs
 
 
-def embed(embed_tokens: nn.Module, input_ids: Tensor, seen: dict[int, Tensor | None]) -> Tensor:
-    """Token embeddings `(B, T, D)` of `input_ids (B, T)`, with image tokens in the places of their placeholders.
+def embed(model: "BaseModel", inputs: Inputs, image_id: int, video_id: int | None = None) -> Tensor:
+    """Token embeddings `(B, T, D)`, with what the model sees in the places of its placeholders, pictures' and films'.
 
-    `seen[placeholder id]` are the image tokens `(N, D)`; None where the batch has no such picture or film, and then a
-    placeholder is an error, too.
+    Raises for a placeholder of which the batch has no picture or film.
     """
-    words = input_ids
+    seen = {image_id: None if inputs.pixel_values is None else model.encode_images(inputs)}  # (N, D)
+    if video_id is not None:
+        seen[video_id] = None if inputs.pixel_values_videos is None else model.encode_videos(inputs)
+    words = inputs.input_ids
     for token_id in seen:
         # The placeholder's own row is never used, and in some checkpoints the table has none.
         words = words.masked_fill(words == token_id, 0)
-    x = embed_tokens(words)  # (B, T, D)
+    x = model.language_model.embed_tokens(words)  # (B, T, D)
     for token_id, tokens in seen.items():
-        x = fuse(x, input_ids == token_id, x.new_empty(0, x.shape[-1]) if tokens is None else tokens)
+        x = fuse(x, inputs.input_ids == token_id, x.new_empty(0, x.shape[-1]) if tokens is None else tokens)
     return x
 
 
@@ -40,8 +42,8 @@ def fuse(embeddings: Tensor, is_placeholder: Tensor, image_tokens: Tensor) -> Te
 
 
 class BaseModel(nn.Module):
-    """A model is a decoder, `language_model`, and eyes. How it sees is `embed`, which a family defines if its pictures
-    become words; if they do not, it has a `forward` of its own."""
+    """A model is a decoder, `language_model`, and eyes, `encode_images` and `encode_videos`. What they see becomes
+    words in `embed`, where a family names its placeholders; one whose pictures are no words has its own `forward`."""
 
     Config: type  # the family's, which has `from_hf(config.json's contents)`
 

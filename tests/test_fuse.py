@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minivlm.errors import MinivlmError
-from minivlm.fuse import embed, fuse
+from minivlm.fuse import BaseModel, embed, fuse
+from minivlm.inputs import Inputs
 
 
 def test_image_tokens_fill_the_placeholders_row_by_row():
@@ -36,15 +37,31 @@ def test_gradients_reach_pictures_and_the_words_between_them():
     assert x.grad[0].tolist() == [[1, 1], [0, 0], [1, 1]]
 
 
+class Eyes(BaseModel):
+    """Sees what it is given; the table of its decoder has 4 words, and no rows for the placeholders 7 and 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.language_model = torch.nn.Module()
+        self.language_model.embed_tokens = torch.nn.Embedding(4, 1).requires_grad_(False)
+
+    def encode_images(self, inputs):
+        return inputs.pixel_values
+
+    def encode_videos(self, inputs):
+        return inputs.pixel_values_videos
+
+
 def test_embed_puts_each_kind_in_its_own_places():
-    """Ids 7 and 8 stand behind the table of 4 words: placeholders need no row there."""
-    table = torch.nn.Embedding(4, 1).requires_grad_(False)
-    seen = {7: torch.tensor([[70.0], [71.0]]), 8: torch.tensor([[80.0]])}
-    ours = embed(table, torch.tensor([[1, 7, 2], [8, 3, 7]]), seen)
-    word = table.weight[:, 0]
+    model, ids = Eyes(), torch.tensor([[1, 7, 2], [8, 3, 7]])
+    seen = {"pixel_values": torch.tensor([[70.0], [71.0]]), "pixel_values_videos": torch.tensor([[80.0]])}
+    ours = embed(model, Inputs(ids, torch.ones_like(ids), **seen), 7, 8)
+    word = model.language_model.embed_tokens.weight[:, 0]
     assert torch.equal(ours[..., 0], torch.tensor([[word[1], 70, word[2]], [80, word[3], 71]]))
 
 
-def test_embed_refuses_placeholders_of_what_is_not_there():
+@pytest.mark.parametrize("token_id", [7, 8])
+def test_embed_refuses_placeholders_of_what_is_not_there(token_id):
+    ids = torch.tensor([[1, token_id]])
     with pytest.raises(MinivlmError, match="1 image placeholders.* 0 image tokens"):
-        embed(torch.nn.Embedding(4, 1), torch.tensor([[1, 8]]), {7: None, 8: None})
+        embed(Eyes(), Inputs(ids, torch.ones_like(ids)), 7, 8)

@@ -145,8 +145,7 @@ class Model(BaseModel):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Token embeddings `(B, T, D)`, with image tokens in the place of their placeholders."""
-        image_tokens = None if inputs.pixel_values is None else self.encode_images(inputs)
-        return embed(self.language_model.embed_tokens, inputs.input_ids, {self.config.image_token_id: image_tokens})
+        return embed(self, inputs, self.config.image_token_id)
 
 
 # ------------------------------------------------------------------------------------------------------- the processor

@@ -167,12 +167,7 @@ class Model(BaseModel):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Token embeddings `(B, T, D)`, with the tokens of pictures and films in the places of their placeholders."""
-        c = self.config
-        seen = {
-            c.llava.image_token_id: None if inputs.pixel_values is None else self.encode_images(inputs),
-            c.video_token_id: None if inputs.pixel_values_videos is None else self.encode_videos(inputs),
-        }
-        return embed(self.language_model.embed_tokens, inputs.input_ids, seen)
+        return embed(self, inputs, self.config.llava.image_token_id, self.config.video_token_id)
 
 
 def arrange(
