@@ -29,8 +29,7 @@ class Row:
     is_answer: list[bool]  # which ids the assistant said, if that was asked for
     pictures: list = field(default_factory=list)  # PIL, RGB, upright; in the order of their placeholders
     picture_options: list[dict] = field(default_factory=list)  # what else stood in the part: min_pixels, …
-    films: list = field(default_factory=list)  # as given: path, URL, frames
-    film_options: list[dict] = field(default_factory=list)
+    films: list[tuple] = field(default_factory=list)  # (path, URL or frames, as given; what else stood in the part)
 
 
 def read(
@@ -45,8 +44,8 @@ def read(
     if isinstance(conversation, Prompt):
         ids = tokenizer.encode(unicode(conversation.text), add_bos=True)
         pictures = [open_image(image) for image in conversation.images]
-        films = list(conversation.videos)
-        return Row(conversation.text, ids, [False] * len(ids), pictures, [{}] * len(pictures), films, [{}] * len(films))
+        films = [(source, {}) for source in conversation.videos]
+        return Row(conversation.text, ids, [False] * len(ids), pictures, [{}] * len(pictures), films)
     messages, images, videos = split_media(conversation)
     chat = tokenize_chat(tokenizer, template, messages, add_generation_prompt, template_kwargs, answers)
     return Row(
@@ -55,8 +54,7 @@ def read(
         chat.is_answer or [False] * len(chat.ids),
         [open_image(source) for source, _ in images],
         [options for _, options in images],
-        [source for source, _ in videos],
-        [options for _, options in videos],
+        videos,
     )
 
 

@@ -80,7 +80,7 @@ class BaseProcessor:
             if row.films and self.film_options is None:
                 raise MinivlmError("this model takes pictures only; give it a film's frames as pictures")
             row.picture_options = [known(options, self.picture_options) for options in row.picture_options]
-            row.film_options = [known(options, self.film_options) for options in row.film_options]
+            row.films = [(film, known(options, self.film_options)) for film, options in row.films]
             rows.append(row)
         tensors = self.see(rows, images)
         sizes = [(picture.height, picture.width) for row in rows for picture in row.pictures]

@@ -250,8 +250,7 @@ class Processor(BaseProcessor):
         pictures, films = [], []  # (tiles, grid) each; frames each
         for row in rows:
             own = tiles_of(row.pictures, images)
-            given = zip(row.films, row.film_options, strict=True)
-            own_films = [frames_of(film, options, rule, images) for film, options in given]
+            own_films = [frames_of(film, options, rule, images) for film, options in row.films]
             sizes = [(picture.height, picture.width) for picture in row.pictures]
             counts = [num_image_tokens(c, size, grid) for size, (_, grid) in zip(sizes, own, strict=True)]
             film_counts = [num_video_tokens(c, len(frames)) for frames in own_films]

@@ -540,8 +540,7 @@ class Processor(BaseProcessor):
         for row in rows:
             given = zip(row.pictures, row.picture_options, strict=True)
             own = [picture_patches(picture, options, images, vision) for picture, options in given]
-            given = zip(row.films, row.film_options, strict=True)
-            own_films = [film_patches(film, options, images, vision) for film, options in given]
+            own_films = [film_patches(film, options, images, vision) for film, options in row.films]
             counts = [num_image_tokens(grid, vision.merge) for _, grid in own]
             film_counts = [num_image_tokens(grid, vision.merge) for _, grid in own_films]
             expand(row, {config.image_token_id: counts, config.video_token_id: film_counts})

@@ -169,8 +169,7 @@ class Processor(BaseProcessor):
         rule = FilmRule(num_frames=NUM_FRAMES, spacing=c.frame_spacing)
         films = []  # (frames, 3, 224, 224) each
         for row in rows:
-            given = zip(row.films, row.film_options, strict=True)
-            own = [self.look_at_film(open_video(film, options, rule).frames, images) for film, options in given]
+            own = [self.look_at_film(open_video(film, options, rule).frames, images) for film, options in row.films]
             counts = [num_image_tokens(c)] * len(row.pictures)
             film_counts = [num_video_tokens(c, len(film)) for film in own]
             expand(row, {c.llava.image_token_id: counts, c.video_token_id: film_counts})
