@@ -47,6 +47,8 @@ def _open(
         return BytesIO(source), f"the data given ({len(source)} bytes)"
     if isinstance(source, Path):
         return _open_file(source, kind)
+    if not source:
+        raise MinivlmError(f"the name of a {kind} is empty: give a path or a URL")
     if source[:5].lower() == "data:":
         return _open_data_uri(source, max_bytes)
     scheme = re.match(r"([a-z][a-z0-9+.-]+)://", source.lower())

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from minivlm.errors import MinivlmError
+from minivlm.files import one_line
 from minivlm.open_film import Reel, Unsure, open_film, watched
 from minivlm.open_image import open_image
 from minivlm.sources import open_source
@@ -24,6 +25,7 @@ URL_SECONDS = 1800.0  # for a whole download
 
 # What a part of a message may say of its film. `nframes` is `num_frames`; start and end are in seconds, both included.
 FILM_OPTIONS = ("fps", "num_frames", "nframes", "video_start", "video_end")
+LARGEST = 2**63  # each is less than this, so that what is computed of it is a float, too
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,14 @@ def check_film_options(options: dict) -> dict:
     for key, value in options.items():
         if key not in FILM_OPTIONS:
             raise MinivlmError(f"a film has the setting {key!r}; known here: {', '.join(FILM_OPTIONS)}")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+        told = one_line(repr(value), 80)
         if key in ("num_frames", "nframes") and not (number and value == int(value) and value >= 1):
-            raise MinivlmError(f"{key} is a whole number of frames, at least 1, not {value!r}")
+            raise MinivlmError(f"{key} is a whole number of frames, at least 1, not {told}")
         if key == "fps" and not (number and value > 0):
-            raise MinivlmError(f"fps is a number above 0, not {value!r}")
+            raise MinivlmError(f"fps is a number above 0, not {told}")
         if not number or value < 0:
-            raise MinivlmError(f"{key} is a number of seconds, 0 or more, not {value!r}")
+            raise MinivlmError(f"{key} is a number of seconds, 0 or more, not {told}")
     given = [key for key in ("fps", "num_frames", "nframes") if key in options]
     if len(given) > 1:
         raise MinivlmError(f"a film is sampled by {given[0]} or by {given[1]}, not by both: leave one out")
@@ -137,12 +140,14 @@ def _film(
     picked = sample(after - first, reel.fps, options, rule, name)
     indices = [first + number for number in picked]
     distinct = sorted(set(indices))
-    pictures = {}
-    for index, picture in zip(distinct, watched(reel.take(distinct), "taking frames", len(distinct)), strict=True):
-        pictures[index] = prepare(open_image(picture), len(indices))
+    pictures, full = {}, set()
+    for index, taken in zip(distinct, watched(reel.take(distinct), "taking frames", len(distinct)), strict=True):
+        picture = open_image(taken)
+        full.add(picture.size)
+        pictures[index] = prepare(picture, len(indices))
     frames = [pictures[index] for index in indices]
     if len({frame.size for frame in frames}) > 1:
-        sizes = " and ".join(f"{height} x {width}" for width, height in sorted({frame.size for frame in frames})[:2])
+        sizes = " and ".join(f"{height} x {width}" for width, height in sorted(full)[:2])
         raise MinivlmError(f"the frames of {name} differ in size, {sizes} pixels: a film has one size")
     seconds = None if reel.fps is None else [reel.times[index] for index in indices]
     return Film(frames, indices, seconds, len(reel.times), reel.fps)
@@ -164,13 +169,12 @@ def sample(n: int, source_fps: float | None, options: dict, rule: FilmRule, name
 
 def _num_sampled(n: int, source_fps: float | None, options: dict, rule: FilmRule, name: str) -> int:
     """What is asked for and more than there is, is an error, as in the reference; what `rule` asks for is not."""
-    repeats = rule.spacing == "linspace"
     wanted = options.get("num_frames", None if "fps" in options else rule.num_frames)
     if wanted is not None:
-        if "num_frames" in options and wanted > n and not repeats:
+        if "num_frames" in options and wanted > n:
             raise MinivlmError(f"{wanted:g} frames were asked for of {name}, which has {n} there: ask for no more")
         k = max(round(wanted / rule.multiple_of), 1) * rule.multiple_of
-        return k if repeats else min(k, n)
+        return k if rule.spacing == "linspace" else min(k, n)
     fps = options.get("fps", rule.fps)
     if fps is None or source_fps is None:
         return n

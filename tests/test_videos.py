@@ -96,8 +96,9 @@ def test_a_short_film_gives_all_its_frames_to_a_rule_and_refuses_a_demand():
     assert sample(5, 25.0, {}, EIGHT) == [0, 1, 2, 3, 4]
     assert sample(5, 25.0, {}, ORIGINAL) == [0, 0, 1, 1, 2, 2, 3, 4]  # the original repositories repeat frames
     assert sample(1, 25.0, {}, QWEN) == [0] == sample(1, None, {"fps": 2}, QWEN)
-    with pytest.raises(MinivlmError, match="8 frames were asked for of the film, which has 5 there"):
-        sample(5, 25.0, {"num_frames": 8}, EIGHT)
+    for rule, asked in ((EIGHT, 8), (QWEN, 8), (ORIGINAL, 8), (ORIGINAL, 10**18)):
+        with pytest.raises(MinivlmError, match="frames were asked for of the film, which has 5 there"):
+            sample(5, 25.0, {"num_frames": asked}, rule)
 
 
 # ---- files
@@ -233,6 +234,11 @@ def test_frames_are_sampled_only_where_that_is_asked_for():
         ({"nframes": "8"}, "not '8'"),
         ({"fps": 0}, "fps is a number above 0, not 0"),
         ({"fps": float("nan")}, "not nan"),
+        ({"fps": 1e308}, "fps is a number above 0, not 1e+308"),
+        ({"fps": 10**400}, "fps is a number above 0, not 1000"),
+        ({"fps": 9e18}, "has 24 frames per second, fewer than the 9e+18 asked for"),
+        ({"num_frames": -(10**400)}, "num_frames is a whole number of frames, at least 1, not -1000"),
+        ({"video_end": 10**400}, "video_end is a number of seconds, 0 or more, not 1000"),
         ({"video_start": -1}, "video_start is a number of seconds, 0 or more, not -1"),
         ({"video_start": 2, "video_end": 1}, "video_start, 2 s, is after video_end, 1 s"),
         ({"video_start": 20}, "has no frame from 20 s: its last is shown at 1.96 s"),
@@ -251,6 +257,7 @@ def test_what_cannot_be_is_one_line(film, options, says):
         (3, "not int"),
         (None, "not NoneType"),
         ("no such film.mp4", "no such file"),
+        ("", "the name of a film is empty"),
         ("rtsp://127.0.0.1/film", "only http, https, file and data URLs"),
         ("data:video/mp4;base64,AAAA", "is not a film that can be opened"),
         ([], "this list is empty"),
@@ -262,6 +269,14 @@ def test_what_cannot_be_is_one_line(film, options, says):
 )
 def test_what_is_no_film_is_one_line(source, says):
     assert says in error_of(source)
+
+
+def test_frames_of_two_sizes_are_named_as_they_were_given():
+    """And not as `prepare` leaves them; what it makes alike is no matter."""
+    frames = [ARRAY[0], ARRAY[1, :3]]
+    with pytest.raises(MinivlmError, match="differ in size, 3 x 8 and 6 x 8 pixels"):
+        open_video(frames, {}, EIGHT, lambda frame, _: frame.resize((frame.height, 20)))
+    assert len(open_video(frames, {}, EIGHT, lambda frame, _: frame.resize((9, 9))).frames) == 2
 
 
 def test_frames_without_a_rate_have_no_times():
