@@ -34,7 +34,7 @@ FLOORS = {
 # In the order of their papers: a model may use functions of an earlier one.
 MODELS = (
     "llava", "video_llava", "llava_next", "llava_original", "video_llava_original", "llava_onevision",
-    "llava_onevision_original", "qwen2_vl", "mllama",
+    "llava_onevision_original", "qwen2_vl_patches", "qwen2_vl", "mllama",
 )  # fmt: skip
 
 MODULES = {*FLOORS, *MODELS}

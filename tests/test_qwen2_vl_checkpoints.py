@@ -29,7 +29,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import minivlm
 from minivlm import Prompt
 from minivlm.errors import MinivlmError
-from minivlm.models import qwen2_vl
+from minivlm.models import qwen2_vl_patches
 from minivlm.models.qwen2_vl import Qwen2VLConfig
 
 
@@ -49,9 +49,9 @@ def test_sizes_equal_transformers(height, width, least, more):
     limits = least * 784, (least + more) * 784
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(MinivlmError, match="200 times"):
-            qwen2_vl.smart_resize((height, width), 28, *limits)
+            qwen2_vl_patches.smart_resize((height, width), 28, *limits)
         return
-    assert qwen2_vl.smart_resize((height, width), 28, *limits) == smart_resize(height, width, 28, *limits)
+    assert qwen2_vl_patches.smart_resize((height, width), 28, *limits) == smart_resize(height, width, 28, *limits)
 
 
 @given(height=st.integers(1, 90), width=st.integers(1, 90), most=st.integers(4, 40))

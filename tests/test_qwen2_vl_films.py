@@ -36,7 +36,7 @@ from tiny import close, load, our_logits, picture
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from minivlm.errors import MinivlmError
-from minivlm.models.qwen2_vl import frame_size
+from minivlm.models.qwen2_vl_patches import frame_size
 from minivlm.videos import sample
 
 FIXTURES = Path(__file__).with_name("fixtures") / "qwen2_vl_videos"
@@ -198,11 +198,11 @@ def test_frames_are_as_large_as_in_transformers(checkpoints, height, width, num_
     if max(height, width) > 200 * min(height, width):
         return
     least, most = least * 64, (least + more) * 64
-    settings, vision = vlm.processor.images, vlm.model.config.vision
+    settings = vlm.processor.images
     settings = replace(settings, frames=replace(settings.frames, min_pixels=least, max_pixels=most))
     share = int(128_000 * 64 * 0.9) * 2 // num_frames
     theirs = smart_resize(height, width, 8, least, max(min(most, share), int(1.05 * least)))
-    assert frame_size((height, width), num_frames, {}, settings, vision) == theirs
+    assert frame_size((height, width), num_frames, {}, settings) == theirs
 
 
 SETTINGS = {

@@ -19,34 +19,36 @@ row and column of every token.
 Patches are in raster order (frame pair, row, column) throughout, so that the merge is a visible step; transformers
 orders them cell by cell when it cuts the picture, with the same result.
 
-Sections: configuration, the tower, the model, sizes of pictures and frames, the processor.
+Sections: configuration, the tower, the model, the processor. How large pictures and frames are seen, and how they are
+cut, is in `qwen2_vl_patches.py`.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from minivlm import ops
 from minivlm.cache import KVCache
-from minivlm.console import note_once
 from minivlm.conversation import Row, expand
 from minivlm.decoder import Decoder, DecoderConfig
-from minivlm.errors import MinivlmError
 from minivlm.fuse import BaseModel, embed
-from minivlm.image_config import CLIP_DEFAULTS, FILM_BOOKKEEPING, ImageConfig, read_settings
-from minivlm.images import pixel_table, resize
 from minivlm.inputs import Inputs
 from minivlm.layers import MLP, Linear, activation, attention
 from minivlm.models.llava import is_tied
+from minivlm.models.qwen2_vl_patches import (
+    PICTURE_OPTIONS,
+    Settings,
+    check_images,
+    film_patches,
+    num_image_tokens,
+    picture_patches,
+)
 from minivlm.positions import Rope, RopeConfig, mrope_positions
 from minivlm.processor import BaseProcessor
-from minivlm.videos import FILM_OPTIONS, Film, FilmRule, check_film_options, open_video
+from minivlm.videos import FILM_OPTIONS
 
 # The hub's layout, then that of transformers ≥ 4.52. The longest spelling wins, so "model" is what nothing else fits.
 KEYS = {
@@ -67,18 +69,6 @@ VISION_DEFAULTS = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
-
-# What a silent preprocessor_config.json leaves out. Source: transformers' Qwen2VLImageProcessor.
-IMAGE_DEFAULTS = {**CLIP_DEFAULTS, "do_center_crop": False, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
-
-# What a part of a message may ask for its picture or film, in pixels.
-LIMIT_OPTIONS, SIZE_OPTIONS = ("min_pixels", "max_pixels"), ("resized_height", "resized_width")
-
-MAX_RATIO = 200  # of a picture's longer side to the shorter
-# A film. Source: qwen-vl-utils, transformers' Qwen2VLVideoProcessor.
-FPS = 2.0  # frames taken per second
-MIN_FRAME_TOKENS, MAX_FRAME_TOKENS = 128, 768  # per frame, before pairs of frames become one
-FILM_NUMBERS = {"min_frames": 4, "max_frames": 768, "max_video_tokens": 128_000}  # a tenth of the tokens is for text
 
 # For folders without a chat template: the published one. `add_vision_id` numbers pictures and films.
 TEMPLATE = (
@@ -120,14 +110,14 @@ class VisionConfig:
         return self.hidden_size // self.num_heads
 
     @property
-    def cell(self) -> int:
-        """Side of one token's square in pixels; both sides of a picture are multiples of it."""
-        return self.patch_size * self.merge
-
-    @property
     def patch_dim(self) -> int:
         """Numbers of one patch: 3 colours × 2 frames × 14 × 14."""
         return 3 * self.frames * self.patch_size**2
+
+    @property
+    def cuts(self) -> dict[str, int]:
+        """How pictures become patches and tokens, under the names of the image settings, which must say the same."""
+        return {"patch_size": self.patch_size, "temporal_patch_size": self.frames, "merge_size": self.merge}
 
     @classmethod
     def from_hf(cls, config: dict) -> "VisionConfig":
@@ -301,249 +291,36 @@ class Model(BaseModel):
         return self.language_model(x, inputs.attention_mask, self.positions(inputs), cache, last_only)
 
 
-# ---------------------------------------------------------------------------------------- sizes of pictures and frames
-
-
-def smart_resize(size: tuple[int, int], cell: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in multiples of `cell` pixels, as near to `size` and its shape as min_pixels and max_pixels let.
-
-    Each side is rounded (Python's `round`: halves to even). If the area is then too large, both sides shrink by one
-    factor and are rounded down; if it is too small, they grow and are rounded up. Raises for a picture more than
-    MAX_RATIO times as long as it is wide.
-    """
-    height, width = size
-    if max(size) > MAX_RATIO * min(size):
-        raise MinivlmError(
-            f"a picture of {height} x {width} pixels is more than {MAX_RATIO} times as long as it is wide: crop it"
-        )
-    if min_pixels > max_pixels:
-        raise MinivlmError(f"min_pixels is {min_pixels}, which is more than max_pixels, {max_pixels}")
-    sides = [round(side / cell) * cell for side in size]
-    if math.prod(sides) > max_pixels:
-        factor = math.sqrt(height * width / max_pixels)
-        sides = [max(cell, math.floor(side / factor / cell) * cell) for side in size]
-    elif math.prod(sides) < min_pixels:
-        factor = math.sqrt(min_pixels / (height * width))
-        sides = [math.ceil(side * factor / cell) * cell for side in size]
-    return sides[0], sides[1]
-
-
-def num_image_tokens(grid: tuple[int, int, int], merge: int) -> int:
-    """Tokens of a picture or film of `grid` frame pairs, rows and columns of patches."""
-    return math.prod(grid) // merge**2
-
-
-def patchify(
-    frames: list[Image.Image], images: ImageConfig, vision: VisionConfig
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """Frames of one size, a picture's or a film's → patches `(P, patch_dim)` in raster order, and their grid (t, h, w).
-
-    The last frame is repeated where it has no partner.
-    """
-    pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))  # (I, height, width, 3)
-    patches = ops.patchify(pixels, torch.from_numpy(pixel_table(images)), vision.frames, vision.patch_size)
-    height, width = pixels.shape[1:3]
-    return patches, (-(-len(frames) // vision.frames), height // vision.patch_size, width // vision.patch_size)
-
-
-def pixel_limits(settings: dict) -> dict:
-    """Image settings with `min_pixels` and `max_pixels` in the place of `size`.
-
-    Newer files call these areas the `shortest_edge` and `longest_edge` of a `size`. Where both stand, as in files of
-    transformers 4.45, the plain names win.
-    """
-    size = settings.get("size")
-    if size is None:
-        return settings
-    names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
-    size = {names.get(key, key): area for key, area in size.items()} if isinstance(size, dict) else {}
-    if size.keys() != {"min_pixels", "max_pixels"}:
-        raise MinivlmError("Qwen2-VL's size is the least and the greatest area: {shortest_edge, longest_edge}")
-    return size | {key: value for key, value in settings.items() if key != "size" and value is not None}
-
-
-def target_size(size: tuple[int, int], options: dict, images: ImageConfig, cell: int) -> tuple[int, int]:
-    """(height, width) that a picture or frame is resized to. `options`: what its part of the message asks for."""
-    wanted = [options[key] for key in SIZE_OPTIONS if key in options]
-    if wanted:
-        if len(wanted) != 2 or not all(isinstance(side, int) and side > 0 for side in wanted):
-            raise MinivlmError("resized_height and resized_width are given together, in pixels")
-        size = (wanted[0], wanted[1])
-    elif not images.do_resize:
-        if size[0] % cell or size[1] % cell:
-            raise MinivlmError(f"do_resize is off, but {size[0]} x {size[1]} pixels are not multiples of {cell}")
-        return size
-    limits = images.override({key: options[key] for key in LIMIT_OPTIONS if key in options})
-    return smart_resize(size, cell, limits.min_pixels, limits.max_pixels)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a checkpoint wants pictures, and the frames of films, which have limits of their own."""
-
-    pictures: ImageConfig
-    frames: ImageConfig
-    sampling: FilmRule
-    film_tokens: int | None  # that the frame pairs of a film may have together; None: no such limit
-    asked: int | None = None  # a caller's max_pixels
-
-    @classmethod
-    def from_folder(cls, folder: Path, vision: VisionConfig) -> "Settings":
-        """A folder without settings for films, as the published ones, speaks of pictures alone: frames have
-        qwen-vl-utils' limits then, where transformers would take the pictures', 16384 tokens for each.
-
-        Files are always sampled, frames that are given never, whatever `do_sample_frames` says.
-        """
-        grid = {"patch_size": vision.patch_size, "temporal_patch_size": vision.frames, "merge_size": vision.merge}
-        pictures = ImageConfig.from_hf(pixel_limits(read_settings(folder, "image")), IMAGE_DEFAULTS | grid)
-        hf = read_settings(folder, "video")
-        numbers = FILM_NUMBERS | {key: hf[key] for key in FILM_NUMBERS if hf.get(key) is not None}
-        if not all(isinstance(number, int) and number > 0 for number in numbers.values()):
-            raise MinivlmError(f"the settings for films: {', '.join(numbers)} are positive integers")
-        rate = check_film_options({key: hf.get(key) for key in ("fps", "num_frames")}) or {"fps": FPS}
-        limits = {"min_pixels": MIN_FRAME_TOKENS * vision.cell**2, "max_pixels": MAX_FRAME_TOKENS * vision.cell**2}
-        others = {*FILM_NUMBERS, *FILM_BOOKKEEPING, "cap_pixels_per_frame"}
-        own = {key: value for key, value in hf.items() if key not in others}
-        frames = ImageConfig.from_hf(pixel_limits(own), IMAGE_DEFAULTS | grid | limits)
-        return cls(
-            pictures,
-            frames if hf else replace(pictures, **limits),
-            FilmRule(
-                rate.get("num_frames"),
-                rate.get("fps"),
-                multiple_of=vision.frames,
-                min_frames=numbers["min_frames"],
-                max_frames=numbers["max_frames"],
-            ),
-            None if hf.get("cap_pixels_per_frame") is False else int(0.9 * numbers["max_video_tokens"]),
-        )
-
-    def override(self, images_kwargs: dict) -> "Settings":
-        """With a caller's settings on top, for pictures and frames alike."""
-        given = pixel_limits(images_kwargs)
-        pictures, frames = self.pictures.override(given), self.frames.override(given)
-        least, most = (given.get(key) for key in LIMIT_OPTIONS)
-        if least and most and least > most:
-            raise MinivlmError(f"min_pixels is {least}, which is more than max_pixels, {most}")
-        return replace(self, pictures=pictures, frames=frames, asked=given.get("max_pixels", self.asked))
-
-    def share(self, num_frames: int, vision: VisionConfig) -> float:
-        """Pixels that each frame has of its film's budget."""
-        if self.film_tokens is None:
-            return math.inf
-        return self.film_tokens * vision.cell**2 * vision.frames // num_frames
-
-
-def picture_patches(
-    picture: Image.Image, options: dict, settings: Settings, vision: VisionConfig
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """Patches `(P, patch_dim)` and grid of one picture."""
-    images, full = settings.pictures, (picture.height, picture.width)
-    size = target_size(full, options, images, vision.cell)
-    patches, grid = patchify([resize(picture, size, images.resample)], images, vision)
-    announce("a picture", full, size, grid, options, settings, vision)
-    return patches, grid
-
-
-def frame_size(
-    size: tuple[int, int], num_frames: int, options: dict, settings: Settings, vision: VisionConfig
-) -> tuple[int, int]:
-    """(height, width) that each frame of a film is resized to.
-
-    All frames share one budget: a long film has small frames, but none smaller than `min_pixels` by design. A size that
-    was asked for is kept, within the limits of pictures; a `max_pixels` that was asked for goes before `min_pixels`.
-    """
-    if any(key in options for key in SIZE_OPTIONS):
-        return target_size(size, options, settings.pictures, vision.cell)
-    limits = settings.frames.override({key: options[key] for key in LIMIT_OPTIONS if key in options})
-    asked = options.get("max_pixels", settings.asked)
-    least, most = limits.min_pixels, limits.max_pixels
-    if asked and "min_pixels" not in options:
-        least = min(least, asked)
-    most = max(min(most, settings.share(num_frames, vision)), int(1.05 * least))
-    options = {"min_pixels": least, "max_pixels": min(most, asked) if asked else most}
-    return target_size(size, options, settings.frames, vision.cell)
-
-
-def film_patches(
-    film: object, options: dict, settings: Settings, vision: VisionConfig
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """Patches and grid of one film: a file, which is sampled, or frames, which are all taken."""
-    sampling = {key: value for key, value in options.items() if key in FILM_OPTIONS}
-    options = {key: value for key, value in options.items() if key not in FILM_OPTIONS}
-    images, sizes = settings.frames, set()
-
-    def prepare(frame: Image.Image, num_frames: int) -> Image.Image:
-        full = (frame.height, frame.width)
-        size = frame_size(full, num_frames, options, settings, vision)
-        sizes.add((full, size))
-        return resize(frame, size, images.resample)
-
-    film = open_video(film, sampling, settings.sampling, prepare)
-    patches, grid = patchify(film.frames, images, vision)
-    for full, size in sizes:
-        announce(f"a film of {len(film.frames)} frames", full, size, grid, options, settings, vision)
-    announce_rate(film, sampling, settings.sampling)
-    return patches, grid
-
-
-def announce(
-    what: str,
-    full: tuple[int, int],
-    size: tuple[int, int],
-    grid: tuple[int, int, int],
-    options: dict,
-    settings: Settings,
-    vision: VisionConfig,
-):
-    """Says on stderr that a limit which nobody asked for has shrunk something from `full` to `size`."""
-    wanted = [options.get(key, side) for key, side in zip(SIZE_OPTIONS, full, strict=True)]
-    most = options.get("max_pixels", settings.asked) or math.inf
-    if math.prod(size) < math.prod(full) and math.prod(size) < math.prod(smart_resize(wanted, vision.cell, 1, most)):
-        tokens = num_image_tokens(grid, vision.merge)
-        crowded = settings.share(grid[0] * vision.frames, vision) < settings.frames.max_pixels
-        more = "fewer frames may be larger" if crowded and grid[0] > 1 else "max_pixels sets another limit"
-        note_once(f"{what}, {full[0]} x {full[1]} pixels, is seen at {size[0]} x {size[1]}, as {tokens} tokens; {more}")
-
-
-def announce_rate(film: Film, sampling: dict, rule: FilmRule):
-    """The same of a film with more frames, by the rate that was asked for, than a film may have."""
-    by_number = "num_frames" in sampling or "nframes" in sampling
-    rate = None if by_number else sampling.get("fps", rule.fps)
-    if rate and film.seconds and len(film.frames) == rule.max_frames:
-        every = (film.seconds[-1] - film.seconds[0]) / (len(film.frames) - 1)
-        if every * rate > 1.01:
-            taken = f"{len(film.frames)} are taken, every {every:.3g} s"
-            note_once(f"a film is too long for {rate:g} frames a second: {taken}")
+# ------------------------------------------------------------------------------------------------------- the processor
 
 
 class Processor(BaseProcessor):
     """Conversations → `Inputs`."""
 
     Config, template_source = Qwen2VLConfig, TEMPLATE
-    picture_options = LIMIT_OPTIONS + SIZE_OPTIONS
-    film_options = LIMIT_OPTIONS + SIZE_OPTIONS + FILM_OPTIONS
+    picture_options = PICTURE_OPTIONS
+    film_options = PICTURE_OPTIONS + FILM_OPTIONS
 
     @classmethod
     def read_images(cls, folder: Path, config: Qwen2VLConfig) -> Settings:
-        return Settings.from_folder(folder, config.vision)
+        return Settings.from_folder(folder, config.vision.cuts)
 
     def override(self, images_kwargs: dict) -> Settings:
         settings = self.images.override(images_kwargs)
-        check_images(settings.pictures, self.config.vision)
-        check_images(settings.frames, self.config.vision)
+        for images in (settings.pictures, settings.frames):
+            check_images(images, self.config.vision.cuts)
         return settings
 
     def see(self, rows: list[Row], images: Settings) -> dict[str, Tensor]:
-        config, vision = self.config, self.config.vision
+        c, merge = self.config, self.config.vision.merge
         pictures, films = [], []  # (patches, grid) each
         for row in rows:
             given = zip(row.pictures, row.picture_options, strict=True)
-            own = [picture_patches(picture, options, images, vision) for picture, options in given]
-            own_films = [film_patches(film, options, images, vision) for film, options in row.films]
-            counts = [num_image_tokens(grid, vision.merge) for _, grid in own]
-            film_counts = [num_image_tokens(grid, vision.merge) for _, grid in own_films]
-            expand(row, {config.image_token_id: counts, config.video_token_id: film_counts})
+            own = [picture_patches(picture, options, images) for picture, options in given]
+            own_films = [film_patches(film, options, images) for film, options in row.films]
+            counts = [num_image_tokens(grid, merge) for _, grid in own]
+            film_counts = [num_image_tokens(grid, merge) for _, grid in own_films]
+            expand(row, {c.image_token_id: counts, c.video_token_id: film_counts})
             pictures += own
             films += own_films
         tensors = {}
@@ -554,16 +331,3 @@ class Processor(BaseProcessor):
             tensors["pixel_values_videos"] = torch.cat([patches for patches, _ in films])
             tensors["video_grid_thw"] = torch.tensor([grid for _, grid in films])
         return tensors
-
-
-def check_images(images: ImageConfig, vision: VisionConfig):
-    """Settings that another model's file would use, or that do not fit the tower."""
-    if images.do_center_crop or images.do_pad:
-        raise MinivlmError("Qwen2-VL neither crops nor pads: leave do_center_crop and do_pad off")
-    if (images.patch_size, images.temporal_patch_size, images.merge_size) != (
-        vision.patch_size, vision.frames, vision.merge,
-    ):  # fmt: skip
-        raise MinivlmError(
-            f"the image settings' patch_size {images.patch_size}, temporal_patch_size {images.temporal_patch_size} and "
-            f"merge_size {images.merge_size} are not the tower's {vision.patch_size}, {vision.frames}, {vision.merge}"
-        )
