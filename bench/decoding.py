@@ -6,14 +6,12 @@ of the rounds' ratios are printed, since the speed of a shared machine drifts; "
 per token over the time per token, as a part of what summing a large tensor reads in the same round.
 """
 
-import argparse
-import os
 import statistics
 import time
+from functools import partial
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
-import transformers
+from rivals import options, our_model, ratio, take_turns, their_model, tiny, versions
 
 from minivlm.decoder import Decoder, DecoderConfig
 from minivlm.fuse import BaseModel
@@ -64,30 +62,6 @@ class TextModel(BaseModel):
         return self.language_model.embed_tokens(inputs.input_ids)
 
 
-def our_model(config):
-    with torch.device("meta"):
-        model = TextModel(DecoderConfig.from_hf(config))
-    model = model.to_empty(device="cpu").bfloat16().eval().requires_grad_(False)
-    fill(model)
-    for module in model.modules():
-        if hasattr(module, "pack"):
-            module.pack()
-    return model
-
-
-def their_model(config):
-    kind = transformers.LlamaForCausalLM if config["model_type"] == "llama" else transformers.Qwen2ForCausalLM
-    model = kind._from_config(kind.config_class(**config), dtype=torch.bfloat16).eval()
-    fill(model)
-    return model
-
-
-@torch.no_grad()
-def fill(model):
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.02)
-
-
 def our_seconds(model, ids, new_tokens):
     inputs = Inputs(ids, torch.ones_like(ids))
     sampling = Sampling(max_new_tokens=new_tokens)
@@ -113,37 +87,15 @@ def read_bandwidth(source):
     return source.nbytes / (time.perf_counter() - started)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", choices=SHAPES, action="append", help="default: all")
-    parser.add_argument("--context", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    args = parser.parse_args()
-    source = torch.ones(2**28)  # 1 GiB
+def models(config):
+    import transformers
 
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{versions}, {torch.get_num_threads()} threads, bfloat16, medians of {args.rounds} rounds")
-    for name in args.shapes or SHAPES:
-        config = SHAPES[name]
-        ids = torch.randint(0, config["vocab_size"], (1, args.context), generator=torch.Generator().manual_seed(0))
-        sides = {"ours": (our_seconds, our_model(config)), "theirs": (their_seconds, their_model(config))}
-        parameters = sum(p.numel() for p in sides["theirs"][1].parameters())
-        table = 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"]
-        bytes_per_token = 2 * (parameters - table)  # of the embedding table one row is read
-        rounds = [one_round(sides, ids, args.new_tokens, source) for _ in range(args.rounds + 1)][1:]  # one to warm up
-        print(f"\n{name}, {args.context} tokens of context")
-        print(f"{'':10}{'minivlm':>12}{'transformers':>14}{'ratio':>8}")
-        for what, tokens in (("prefill", args.context), ("decode", 1)):
-            ours, theirs = ([r[side][what] for r in rounds] for side in ("ours", "theirs"))
-            ratio = statistics.median(t / o for o, t in zip(ours, theirs, strict=True))
-            speeds = (tokens / statistics.median(times) for times in (ours, theirs))
-            print(f"{what:10}{next(speeds):10.1f}/s{next(speeds):12.1f}/s{ratio:8.2f}")
-        share = statistics.median(bytes_per_token / r["ours"]["decode"] / r["bandwidth"] for r in rounds)
-        print(f"decoding reads its weights at {share:.0%} of the speed at which torch sums a large tensor here")
+    kind = transformers.LlamaForCausalLM if config["model_type"] == "llama" else transformers.Qwen2ForCausalLM
+    ours = our_model(TextModel, DecoderConfig.from_hf(config))
+    return {"ours": (our_seconds, ours), "theirs": (their_seconds, their_model(kind, config))}
 
 
-def one_round(sides, ids, new_tokens, source):
+def one_turn(sides, ids, new_tokens, source):
     """{"ours" | "theirs": {"prefill", "decode"} seconds, "bandwidth": bytes per second}."""
     result = {"bandwidth": read_bandwidth(source)}
     for side, (seconds, model) in sides.items():
@@ -151,6 +103,33 @@ def one_round(sides, ids, new_tokens, source):
         decode = (seconds(model, ids, new_tokens + 1) - prefill) / new_tokens
         result[side] = {"prefill": prefill, "decode": decode}
     return result
+
+
+def main():
+    parser = options(__doc__, rounds=5)
+    parser.add_argument("--shapes", choices=SHAPES, action="append", help="default: all")
+    parser.add_argument("--context", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="default: %(default)s")
+    args = parser.parse_args()
+    source = torch.ones(2**20 if args.tiny else 2**28)  # 1 GiB
+
+    print(f"{versions()}, bfloat16, medians of {args.rounds} rounds")
+    for name in args.shapes or SHAPES:
+        config = tiny(SHAPES[name]) if args.tiny else SHAPES[name]
+        ids = torch.randint(0, config["vocab_size"], (1, args.context), generator=torch.Generator().manual_seed(0))
+        sides = models(config)
+        parameters = sum(p.numel() for p in sides["theirs"][1].parameters())
+        table = 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"]
+        bytes_per_token = 2 * (parameters - table)  # of the embedding table one row is read
+        turns = take_turns(args.rounds, partial(one_turn, sides, ids, args.new_tokens, source))
+        print(f"\n{name}, {args.context} tokens of context")
+        print(f"{'':10}{'minivlm':>12}{'transformers':>14}{'ratio':>8}")
+        for what, tokens in (("prefill", args.context), ("decode", 1)):
+            ours, theirs = ([turn[side][what] for turn in turns] for side in ("ours", "theirs"))
+            speeds = [tokens / statistics.median(times) for times in (ours, theirs)]
+            print(f"{what:10}{speeds[0]:10.1f}/s{speeds[1]:12.1f}/s{ratio(ours, theirs):8.2f}")
+        share = statistics.median(bytes_per_token / turn["ours"]["decode"] / turn["bandwidth"] for turn in turns)
+        print(f"decoding reads its weights at {share:.0%} of the speed at which torch sums a large tensor here")
 
 
 if __name__ == "__main__":

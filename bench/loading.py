@@ -6,16 +6,15 @@ are used in: minivlm packs them for the CPU while it loads; "--dtype float32" co
 memory is the growth of the process's anonymous memory; mapped pages of the file are the system's to take back.
 """
 
-import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+from rivals import memory, options, ratio, run_child, tiny, write
 
 CONFIG = {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -32,81 +31,66 @@ CONFIG = {
     },
 }  # fmt: skip
 
-CHILD = """
-import json, sys, time, threading
-side, folder, dtype, pack = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "pack"
-import torch
-def anonymous():
-    return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
-if side == "ours":
-    from minivlm.models import llava
-    from minivlm.weights import load_weights, read_config
-    def load():
-        config = read_config(folder)
-        with torch.device("meta"):
-            model = llava.Model.from_config(config)
-        load_weights(model, folder, llava.KEYS, getattr(torch, dtype), "cpu", pack=pack)
-        return model
-else:
-    from transformers import LlavaForConditionalGeneration
-    def load():
-        return LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
-peak, done = 0, False
-before = anonymous()
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-thread = threading.Thread(target=watch)
-thread.start()
-started = time.perf_counter()
-model = load()
-seconds = time.perf_counter() - started
-done = True
-thread.join()
-print(json.dumps([seconds, max(peak, anonymous()) - before]))
-"""
 
+def child(side, folder, dtype, pack):
+    """Prints the seconds of one load and the bytes by which anonymous memory grew, at its peak."""
+    dtype = getattr(torch, dtype)
+    if side == "ours":
+        from minivlm.models import llava
+        from minivlm.weights import load_weights, read_config
 
-def write(folder):
-    import torch
+        def load():
+            config = read_config(folder)
+            with torch.device("meta"):
+                model = llava.Model.from_config(config)
+            load_weights(model, folder, llava.KEYS, dtype, "cpu", pack=pack == "pack")
+            return model
+    else:
+        from transformers import LlavaForConditionalGeneration
 
-    from minivlm.models import llava
-    from minivlm.weights import save_weights
+        def load():
+            return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
 
-    model = llava.Model.from_config(CONFIG).bfloat16()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02)
-    save_weights(model, folder, llava.KEYS)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return sum(p.nbytes for p in model.parameters())
+    before, peaks, done = memory("RssAnon"), [], threading.Event()
 
+    def watch():
+        while not done.wait(0.002):
+            peaks.append(memory("RssAnon"))
 
-def run(side, folder, dtype, pack):
-    command = [sys.executable, "-c", CHILD, side, str(folder), dtype, pack]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started = time.perf_counter()
+    model = load()
+    seconds = time.perf_counter() - started
+    done.set()
+    thread.join()
+    print(json.dumps([seconds, max(*peaks, memory("RssAnon")) - before]))
+    del model
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--dtype", default="bfloat16", help="to load as (default: the file's, %(default)s)")
     parser.add_argument("--no-pack", action="store_true", help="map the weights and leave them as they are")
     args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+        return
+    from minivlm.models import llava
+
     pack = "map" if args.no_pack else "pack"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        size = write(folder)
-        sides = ("ours", "theirs")
-        rounds = [[run(side, folder, args.dtype, pack) for side in sides] for _ in range(args.rounds + 1)][1:]
+        size = write(Path(name), llava, tiny(CONFIG) if args.tiny else CONFIG)
+        sides = {"ours": [], "theirs": []}
+        for _ in range(args.rounds):  # none to warm up: what was just written is in the page cache
+            for side, figures in sides.items():
+                figures.append(run_child(side, name, args.dtype, pack))
     print(f"{size / 1e9:.2f} GB of bfloat16 as {args.dtype}, {pack}ed; medians of {args.rounds} rounds")
     print(f"{'':14}{'seconds':>9}{'peak anonymous memory':>24}")
-    for side, place in (("minivlm", 0), ("transformers", 1)):
-        seconds, peak = (statistics.median(r[place][i] for r in rounds) for i in (0, 1))
+    for side, figures in zip(("minivlm", "transformers"), sides.values(), strict=True):
+        seconds, peak = (statistics.median(column) for column in zip(*figures, strict=True))
         print(f"{side:14}{seconds:9.2f}{peak / 1e9:20.2f} GB")
-    print(f"{'ratio':14}{statistics.median(t[0] / o[0] for o, t in rounds):9.2f}")
+    print(f"{'ratio':14}{ratio(*([seconds for seconds, _ in figures] for figures in sides.values())):9.2f}")
 
 
 if __name__ == "__main__":

@@ -9,22 +9,16 @@ table is the peak of resident memory while a tower sees its pictures: no N x N m
 the patches stands in it.
 """
 
-import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
-import transformers
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from rivals import options, our_model, ratio, take_turns, their_model, tiny, versions
 
 from minivlm.inputs import Inputs
 from minivlm.layers import Linear
@@ -56,48 +50,41 @@ QUESTION = 32  # tokens
 FOUR = "qwen2-vl 4 x 1344"
 
 
-@dataclass
-class Rivals:
-    """Models behind functions of nothing, None where not asked for, and the floating-point operations of one run."""
-
-    ours: Callable | None
-    theirs: Callable | None
-    flops: float
-
-
 # ----------------------------------------------------------------------------------------------------------- the cases
+# Each builds the model of one side, and returns a function of nothing that runs it, with its floating-point operations.
+# `shrink` is `tiny`, or a function that leaves a config as it is.
 
 
-def fixed_tower(config, layers, sides):
+def fixed_tower(config, side, layers, shrink):
     """CLIP or SigLIP, one square picture."""
-    config = {**config, "num_hidden_layers": layers or config["num_hidden_layers"]}
+    config = shrink({**config, "num_hidden_layers": layers or config["num_hidden_layers"]})
     name = "CLIPVisionModel" if config["model_type"].startswith("clip") else "SiglipVisionModel"
     our = ViTConfig.from_hf(config)
     pixels = torch.randn(1, 3, our.image_size, our.image_size).bfloat16()
-    ours = theirs = None
-    if "ours" in sides:
-        model = our_model(ViT, our)
-        ours = partial(model, pixels, (-1,), False)
-    if "theirs" in sides:
-        model = their_model(getattr(transformers, name), config)
-        theirs = partial(model, pixels)
+    if side == "ours":
+        run = partial(our_model(ViT, our), pixels, (-1,), False)
+    else:
+        import transformers
+
+        run = partial(their_model(getattr(transformers, name), config), pixels)
     N, D = our.grid_side**2, our.hidden_size
     block = 2 * N * (4 * D * D + 2 * D * our.intermediate_size) + 4 * N * N * D
-    return Rivals(ours, theirs, our.num_layers * block + 2 * N * 3 * our.patch_size**2 * D)
+    return run, our.num_layers * block + 2 * N * 3 * our.patch_size**2 * D
 
 
-def qwen2_vl_tower(side, layers, sides, pictures=1):
-    """Qwen2-VL's tower on square pictures of `side` pixels. Which patch is which matters to no one's speed."""
-    config = {**QWEN2_VL_TOWER, "depth": layers or QWEN2_VL_TOWER["depth"]}
+def qwen2_vl_tower(pixels, side, layers, shrink, pictures=1):
+    """Qwen2-VL's tower on square pictures, `pixels` wide. Which patch is which matters to no one's speed."""
+    config = shrink({**QWEN2_VL_TOWER, "depth": layers or QWEN2_VL_TOWER["depth"]})
     our = qwen2_vl.VisionConfig.from_hf(config)
-    grid = torch.tensor([[1, side // our.patch_size, side // our.patch_size]] * pictures)
+    grid = torch.tensor([[1, pixels // our.patch_size, pixels // our.patch_size]] * pictures)
     patches = torch.randn(int(grid.prod(1).sum()), our.patch_dim).bfloat16()
-    ours = theirs = None
-    if "ours" in sides:
-        ours = partial(our_model(qwen2_vl.VisionTower, our), patches, grid)
-    if "theirs" in sides:
-        theirs = partial(their_model(Qwen2VisionTransformerPretrainedModel, config), patches, grid_thw=grid)
-    return Rivals(ours, theirs, tower_flops(our, len(patches), pictures))
+    if side == "ours":
+        run = partial(our_model(qwen2_vl.VisionTower, our), patches, grid)
+    else:
+        from transformers.models.qwen2_vl import modeling_qwen2_vl as theirs
+
+        run = partial(their_model(theirs.Qwen2VisionTransformerPretrainedModel, config), patches, grid_thw=grid)
+    return run, tower_flops(our, len(patches), pictures)
 
 
 def tower_flops(config, P, pictures=1):
@@ -107,35 +94,35 @@ def tower_flops(config, P, pictures=1):
     return config.num_layers * block + merger + 2 * P * config.patch_dim * C
 
 
-def qwen2_vl_prefill(side, layers, sides):
+def qwen2_vl_prefill(pixels, side, layers, shrink):
     """Qwen2-VL-2B up to the logits of the first token of an answer, its cache filled."""
     vision = {**QWEN2_VL_TOWER, "depth": layers or QWEN2_VL_TOWER["depth"]}
     text = {**QWEN2_VL_TEXT, "num_hidden_layers": layers or QWEN2_VL_TEXT["num_hidden_layers"]}
-    config = {**text, "model_type": "qwen2_vl", "image_token_id": IMAGE_TOKEN, "vision_config": vision}
+    config = shrink({**text, "model_type": "qwen2_vl", "image_token_id": IMAGE_TOKEN, "vision_config": vision})
     our = qwen2_vl.Qwen2VLConfig.from_hf(config)
-    P = (side // our.vision.patch_size) ** 2
+    P = (pixels // our.vision.patch_size) ** 2
     patches, grid = torch.randn(P, our.vision.patch_dim).bfloat16(), torch.tensor([[1, int(P**0.5), int(P**0.5)]])
     num_tokens = P // our.vision.merge**2
-    ids = torch.tensor([[IMAGE_TOKEN] * num_tokens + list(range(100, 100 + QUESTION))])
-    ours = theirs = None
-    if "ours" in sides:
+    ids = torch.tensor([[config["image_token_id"]] * num_tokens + list(range(100, 100 + QUESTION))])
+    if side == "ours":
         model = our_model(qwen2_vl.Model, our)
         inputs = Inputs(ids, torch.ones_like(ids), pixel_values=patches, image_grid_thw=grid)
 
-        def ours():
+        def run():
             return model(inputs, model.new_cache(ids.shape[1] + 1), last_only=True)
+    else:
+        import transformers
 
-    if "theirs" in sides:
-        theirs = partial(
+        run = partial(
             their_model(transformers.Qwen2VLForConditionalGeneration, config),
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=patches, image_grid_thw=grid,
-            mm_token_type_ids=(ids == IMAGE_TOKEN).int(), use_cache=True, logits_to_keep=1,
+            mm_token_type_ids=(ids == config["image_token_id"]).int(), use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-    T, D, F = ids.shape[1], text["hidden_size"], text["intermediate_size"]
-    width = D + 2 * D * text["num_key_value_heads"] // text["num_attention_heads"]  # of queries, keys and values
+    T, D, F = ids.shape[1], config["hidden_size"], config["intermediate_size"]
+    width = D + 2 * D * config["num_key_value_heads"] // config["num_attention_heads"]  # of queries, keys and values
     block = 2 * T * (D * width + D * D + 3 * D * F) + 2 * T * T * D  # half of attention's products: it is causal
-    flops = tower_flops(our.vision, P) + text["num_hidden_layers"] * block + 2 * D * text["vocab_size"]
-    return Rivals(ours, theirs, flops)
+    flops = tower_flops(our.vision, P) + config["num_hidden_layers"] * block + 2 * D * config["vocab_size"]
+    return run, flops
 
 
 CASES = {
@@ -149,40 +136,14 @@ CASES = {
 MEMORY_LAYERS = 2  # what one layer needs is given back before the next
 
 
-# ---------------------------------------------------------------------------------------------------------- the models
-
-
-def our_model(kind, config):
-    with torch.device("meta"):
-        model = kind(config).bfloat16()
-    model = model.to_empty(device="cpu").eval().requires_grad_(False)
-    fill(model)
-    for module in model.modules():
-        if hasattr(module, "pack"):
-            module.pack()
-    return model
-
-
-def their_model(kind, config):
-    model = kind._from_config(kind.config_class(**config), dtype=torch.bfloat16).eval()
-    fill(model)
-    return model
-
-
-@torch.no_grad()
-def fill(model):
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.02)
-
-
 # --------------------------------------------------------------------------------------------------------- the children
 
 
 class Child:
     """One side of a case in a process of its own, which runs when it is told to."""
 
-    def __init__(self, name, layers, side):
-        command = [sys.executable, __file__, "--child", name, side, str(layers)]
+    def __init__(self, name, side, layers, small):
+        command = [sys.executable, __file__, "--child", name, side, str(layers)] + ["tiny"] * small
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.flops = json.loads(self.process.stdout.readline())
 
@@ -199,16 +160,16 @@ class Child:
         self.process.wait()
 
 
-def child(name, side, layers):
-    case = CASES[name](int(layers), (side,))
+def child(name, side, layers, small=""):
+    run, flops = CASES[name](side, int(layers), tiny if small else dict)
     if side == "ours":
         keep_freed_memory()  # as the command line does behind a load
-    print(json.dumps(case.flops), flush=True)
+    print(json.dumps(flops), flush=True)
     for _ in sys.stdin:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak is from now on
         before = peak_memory()
-        print(json.dumps([seconds(case.ours or case.theirs), peak_memory() - before]), flush=True)
+        print(json.dumps([seconds(run), peak_memory() - before]), flush=True)
 
 
 def peak_memory():
@@ -225,35 +186,35 @@ def seconds(run):
 # ---------------------------------------------------------------------------------------------------------- the tables
 
 
-def matrix_peak():
+def matrix_peak(width):
     """A function of nothing that measures the floating-point operations per second of a large packed product."""
-    linear = our_model(lambda width: Linear(width, width), 4096)
-    x = torch.randn(2048, 4096).bfloat16()
-    return lambda: 2 * x.shape[0] * 4096**2 / min(seconds(partial(linear, x)) for _ in range(5))
+    linear = our_model(lambda width: Linear(width, width), width)
+    x = torch.randn(2048, width).bfloat16()
+    return lambda: 2 * x.shape[0] * width**2 / min(seconds(partial(linear, x)) for _ in range(5))
 
 
-def speed_table(names, layers, rounds):
-    peak = matrix_peak()
+def speed_table(names, layers, rounds, small):
+    peak = matrix_peak(256 if small else 4096)
     print(f"\n{'':26}{'minivlm':>10}{'of peak':>9}{'transformers':>14}{'of peak':>9}{'ratio':>8}")
     for name in names:
-        with Child(name, layers, "ours") as ours, Child(name, layers, "theirs") as theirs:
-            turns = [(peak(), ours.run()[0], theirs.run()[0]) for _ in range(rounds + 1)][1:]  # one to warm up
-        ratio = statistics.median(theirs / ours for _, ours, theirs in turns)
+        with Child(name, "ours", layers, small) as ours, Child(name, "theirs", layers, small) as theirs:
+            turns = take_turns(rounds, lambda ours=ours, theirs=theirs: (peak(), ours.run()[0], theirs.run()[0]))
+        peaks, *sides = zip(*turns, strict=True)
         cells = []
-        for side in (1, 2):
-            share = statistics.median(ours.flops / turn[side] / turn[0] for turn in turns)
-            cells += [f"{statistics.median(turn[side] for turn in turns):.2f} s", f"{share:.0%}"]
-        print(f"{name:26}{cells[0]:>10}{cells[1]:>9}{cells[2]:>14}{cells[3]:>9}{ratio:8.2f}", flush=True)
+        for times in sides:
+            share = statistics.median(ours.flops / time / most for time, most in zip(times, peaks, strict=True))
+            cells += [f"{statistics.median(times):.2f} s", f"{share:.0%}"]
+        print(f"{name:26}{cells[0]:>10}{cells[1]:>9}{cells[2]:>14}{cells[3]:>9}{ratio(*sides):8.2f}", flush=True)
     print(f"peak: {peak() / 1e9:.0f} GFLOP/s")
 
 
-def memory_table():
+def memory_table(names, small):
     print(f"\nQwen2-VL's tower, {MEMORY_LAYERS} layers: resident memory at its peak, beyond weights and pixels")
     print(f"{'':26}{'minivlm':>10}{'transformers':>14}")
-    for name in ("qwen2-vl 1344", FOUR):
+    for name in names:
         grown = []
         for side in ("ours", "theirs"):
-            with Child(name, MEMORY_LAYERS, side) as process:
+            with Child(name, side, MEMORY_LAYERS, small) as process:
                 grown.append(process.run()[1])
         print(f"{name:26}{grown[0] / 1e6:7.0f} MB{grown[1] / 1e6:11.0f} MB", flush=True)
     P = 4 * (1344 // 14) ** 2
@@ -262,23 +223,20 @@ def memory_table():
 
 def main():
     speeds = [name for name in CASES if name != FOUR]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__, rounds=3)
     parser.add_argument("--shapes", choices=[*speeds, "memory"], action="append", help="default: all")
     parser.add_argument("--layers", type=int, default=0, help="of tower and decoder (default: as many as there are)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(*args.child)
         return
     names = args.shapes or [*speeds, "memory"]
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     depth = f"{args.layers} layers of each" if args.layers else "all layers"
-    print(f"{versions}, {torch.get_num_threads()} threads, bfloat16, {depth}, medians of {args.rounds} rounds")
+    print(f"{versions()}, bfloat16, {depth}, medians of {args.rounds} rounds")
     if names != ["memory"]:
-        speed_table([name for name in names if name != "memory"], args.layers, args.rounds)
+        speed_table([name for name in names if name != "memory"], args.layers, args.rounds, args.tiny)
     if "memory" in names:
-        memory_table()
+        memory_table(["qwen2-vl 448"] if args.tiny else ["qwen2-vl 1344", FOUR], args.tiny)
 
 
 if __name__ == "__main__":
