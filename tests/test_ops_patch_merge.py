@@ -127,6 +127,8 @@ WRONG = [
     ({"grids": [[1, 12]]}, r"\(1, 2\).*\(pictures, 3\)"),
     ({"weight": 7}, r"\(12, 8\).*\(7,\)"),
     ({"bias": 9}, r"\(12, 8\).*\(9,\)"),
+    ({"merge": 0}, "0 x 0"),
+    ({"device": "meta"}, "x is on meta, weight is on"),
 ]
 
 
@@ -136,7 +138,8 @@ def test_patch_merge_errors_name_both_sizes(backend, change, message):
     with on(backend), pytest.raises(MinivlmError, match=message):
         grids = torch.tensor(change.get("grids", [[1, 2, 6]]))
         weight, bias = torch.ones(change.get("weight", 8)), torch.ones(change.get("bias", 8))
-        ops.patch_merge(torch.ones(12, 8), grids, 2, weight, bias, EPS)
+        x = torch.ones(12, 8, device=change.get("device"))
+        ops.patch_merge(x, grids, change.get("merge", 2), weight, bias, EPS)
 
 
 HOSTILE = [[[1, 2, 4]], [[1, 3, 4]], [[-1, -2, 6]], [[0, 2, 6]], [[2**62, 2, 2]], [[2**31, 2**31, 4]], [[1, 2, 6]] * 2]

@@ -115,6 +115,12 @@ def test_rms_norm_errors_name_both_sizes(backend):
             ops.rms_norm(torch.ones(2, 8), torch.ones(7), EPS)
         with pytest.raises(MinivlmError, match=r"\(2, 8\).*\(3, 8\)"):
             ops.add_rms_norm(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8), EPS)
+        x, weight, nowhere = torch.ones(2, 8), torch.ones(8), torch.ones(2, 8, device="meta")
+        with pytest.raises(MinivlmError, match=f"x is on {x.device}, weight is on meta"):
+            ops.rms_norm(x, nowhere[0], EPS)
+        for wrong in ((nowhere, x, weight), (x, nowhere, weight), (x, x, nowhere[0])):
+            with pytest.raises(MinivlmError, match=f"is on {x.device}.*is on meta|is on meta.*is on {x.device}"):
+                ops.add_rms_norm(*wrong, EPS)
 
 
 @kernels

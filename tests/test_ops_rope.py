@@ -192,10 +192,15 @@ def test_apply_rope_errors_name_both_sizes(backend):
         positions = torch.ones(2, 3).long()
         for wrong, message in (
             ((q, k[:, :2], positions, inv_freq), r"\(2, 3, 4, 8\).*\(2, 2, 2, 8\)"),
+            ((q[0, 0, 0], k, positions, inv_freq), r"\(8,\).*\(2, 3, 2, 8\)"),
             ((q, k, positions, torch.ones(3)), r"\(2, 3, 4, 8\).*\(3,\)"),
             ((q, k, positions[:, :2], inv_freq), r"\(2, 2\).*\(2, 3\)"),
             ((q, k, positions, inv_freq, [1, 3]), r"\(2, 3\).*\(2, 2, 3\)"),
             ((q, k, positions.expand(2, 2, 3), inv_freq, [1, 2]), "3.*4"),
+            ((q, k, positions.expand(2, 2, 3), inv_freq, [5, -1]), r"\[5, -1\].*4"),
+            ((q, k.to("meta"), positions, inv_freq), f"q is on {q.device}.*k is on meta"),
+            ((q, k, positions.to("meta"), inv_freq), "positions is on meta"),
+            ((q, k, positions, inv_freq.to("meta")), "inv_freq is on meta"),
             ((q, k, positions, inv_freq.bfloat16()), "bfloat16.*float32"),
             ((q, k, positions.float(), inv_freq), "float32.*int64"),
             ((q, k.double(), positions, inv_freq), "float32.*float64"),

@@ -83,6 +83,13 @@ def on_load(register: Callable[[str], None]) -> Callable[[str], None]:
     return register
 
 
+def check_devices(op: str, names: str, *tensors: Tensor) -> None:
+    """Raise unless all are on one device. A kernel would take a tensor without data, on `meta`, and return garbage."""
+    if len({tensor.device for tensor in tensors}) > 1:
+        places = ", ".join(f"{name} is on {tensor.device}" for name, tensor in zip(names.split(), tensors, strict=True))
+        raise MinivlmError(f"{op}: {places}; move them to one device")
+
+
 def kernels_for(x: Tensor):
     """The namespace of ops that serve tensors like `x`, or None: use the reference."""
     key = _mode, x.device.type

@@ -45,6 +45,7 @@ def _check(x: Tensor, grid_thw: Tensor, merge: int, weight: Tensor, bias: Tensor
             f"patch_merge: x is {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
             "they must be (P, C), (C,), (C,)"
         )
+    backend.check_devices("patch_merge", "x weight bias", x, weight, bias)
     if grid_thw.dim() != 2 or grid_thw.size(1) != 3 or grid_thw.dtype != torch.int64:
         raise MinivlmError(
             f"patch_merge: grid_thw is {grid_thw.dtype} {tuple(grid_thw.shape)}; it must be int64 (pictures, 3)"
@@ -55,7 +56,7 @@ def _check(x: Tensor, grid_thw: Tensor, merge: int, weight: Tensor, bias: Tensor
     patches = sum(t * h * w for t, h, w in grids)
     if patches != x.size(0):
         raise MinivlmError(f"patch_merge: the grids {grids} hold {patches} patches, x has {x.size(0)}")
-    if any(min(grid) < 1 or grid[1] % merge or grid[2] % merge for grid in grids):
+    if merge < 1 or any(min(grid) < 1 or grid[1] % merge or grid[2] % merge for grid in grids):
         raise MinivlmError(f"patch_merge: the grids {grids} are not made of {merge} x {merge} cells")
 
 

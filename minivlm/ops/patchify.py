@@ -45,8 +45,7 @@ def _check(pixels: Tensor, table: Tensor, depth: int, side: int) -> None:
         )
     if table.shape != (3, 256) or not table.is_floating_point():
         raise MinivlmError(f"patchify: table is {table.dtype} {tuple(table.shape)}; it must be floating (3, 256)")
-    if table.device != pixels.device:
-        raise MinivlmError(f"patchify: pixels are on {pixels.device}, table on {table.device}; make them alike")
+    backend.check_devices("patchify", "pixels table", pixels, table)
     height, width = pixels.shape[1:3]
     if depth < 1 or side < 1 or height % side or width % side:
         raise MinivlmError(

@@ -26,6 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.shape[-1:] != weight.shape:
         raise MinivlmError(f"rms_norm: x is {tuple(x.shape)}, weight {tuple(weight.shape)}; it must be (last of x,)")
+    backend.check_devices("rms_norm", "x weight", x, weight)
     if x.dtype != weight.dtype:
         x, weight = widest(x, weight)
     kernels = backend.kernels_for(x)
@@ -39,6 +40,7 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
             f"add_rms_norm: residual is {tuple(residual.shape)}, x is {tuple(x.shape)}, weight {tuple(weight.shape)}; "
             "the first two must be alike, the last (last of x,)"
         )
+    backend.check_devices("add_rms_norm", "residual x weight", residual, x, weight)
     if x.dtype != weight.dtype or residual.dtype != weight.dtype:
         residual, x, weight = widest(residual, x, weight)
     kernels = backend.kernels_for(x)

@@ -49,12 +49,14 @@ def apply_rope(
 
 
 def _check(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, sections: list[int] | None) -> None:
-    B, T, K = q.size(0), q.size(1), q.size(-1)
-    if q.dim() != 4 or k.dim() != 4 or k.shape[:2] != (B, T) or k.size(3) != K or inv_freq.shape != (K // 2,) or K % 2:
+    four = q.dim() == 4 and k.dim() == 4
+    B, T, _, K = q.shape if four else (0, 0, 0, 0)
+    if not four or k.shape[:2] != (B, T) or k.size(3) != K or inv_freq.shape != (K // 2,) or K % 2:
         raise MinivlmError(
             f"apply_rope: q {tuple(q.shape)}, k {tuple(k.shape)} and inv_freq {tuple(inv_freq.shape)} do not fit: "
             "they must be (B, T, H, K), (B, T, G, K), (K/2,)"
         )
+    backend.check_devices("apply_rope", "q k positions inv_freq", q, k, positions, inv_freq)
     if q.dtype != k.dtype:
         raise MinivlmError(f"apply_rope: q is {q.dtype}, k is {k.dtype}; make them alike")
     if inv_freq.dtype != torch.float32 or positions.dtype != torch.int64:
@@ -64,7 +66,7 @@ def _check(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, sections: 
     wanted = (B, T) if sections is None else (len(sections), B, T)
     if positions.shape != wanted:
         raise MinivlmError(f"apply_rope: positions are {tuple(positions.shape)}, q and sections ask for {wanted}")
-    if sections is not None and sum(sections) != K // 2:
+    if sections is not None and (sum(sections) != K // 2 or min(sections) < 0):
         raise MinivlmError(f"apply_rope: sections {list(sections)} add up to {sum(sections)}, K/2 is {K // 2}")
 
 
