@@ -19,6 +19,7 @@ Where Meta's code and transformers disagree, this is Meta's: see `VisionModel` a
 Sections: configuration, the vision tower, cross-attention, the model, tiles, the processor.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -480,14 +481,16 @@ def fitted_size(size: tuple[int, int], canvas: tuple[int, int], tile: int) -> tu
     return to_height, min(int(width * scale_height) or 1, to_width)
 
 
-def cut(picture: Image.Image, ratio: tuple[int, int], images: ImageConfig) -> Tensor:
-    """RGB picture → `(rows · columns, 3, tile, tile)` float32: in the canvas's upper left corner, the rest black."""
-    tile = images.size.height
-    rows, columns = ratio
+def cut(picture: Image.Image, images: ImageConfig, vision: VisionConfig) -> tuple[Tensor, int]:
+    """RGB picture → tiles `(rows · columns, 3, tile, tile)` float32, and the id of their aspect ratio. The picture is
+    in the canvas's upper left corner, the rest is black."""
+    size, tile = (picture.height, picture.width), images.size.height
+    ratios = [ratio for ratio in vision.aspect_ratios if ratio[0] * ratio[1] <= images.max_image_tiles]
+    rows, columns = choose_canvas(size, ratios, tile)
     canvas = Image.new("RGB", (columns * tile, rows * tile))
-    size = fitted_size((picture.height, picture.width), (rows * tile, columns * tile), tile)
-    canvas.paste(resize(picture, size, images.resample))
-    return torch.stack([normalise(view, images) for view in split_tiles(canvas, tile)])
+    canvas.paste(resize(picture, fitted_size(size, (rows * tile, columns * tile), tile), images.resample))
+    tiles = torch.stack([normalise(view, images) for view in split_tiles(canvas, tile)])
+    return of_tower_size(tiles, vision.image_size), vision.aspect_ratios.index((rows, columns)) + 1
 
 
 def sights(places: list[int], length: int) -> list[tuple[int, int]]:
@@ -505,19 +508,6 @@ def sights(places: list[int], length: int) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------------- the processor
 
 
-def with_bos(prompt: Prompt, bos: str) -> Prompt:
-    """A raw prompt without BOS gets one behind the pictures that it begins with, where the base models expect it.
-
-    If there are pictures, the tokenizer puts another in front of them, as it does in the reference.
-    """
-    if bos in prompt.text:
-        return prompt
-    text = prompt.text
-    while text.startswith("<|image|>"):
-        text = text.removeprefix("<|image|>")
-    return replace(prompt, text=prompt.text.removesuffix(text) + bos + text)
-
-
 class Processor(BaseProcessor):
     """Conversations → `Inputs`."""
 
@@ -528,25 +518,28 @@ class Processor(BaseProcessor):
         return ImageConfig.from_folder(folder, image_defaults(config))
 
     def complete(self, prompt: Prompt) -> Prompt:
-        return with_bos(prompt, self.tokenizer.bos_token or "")
+        """A raw prompt without BOS gets one behind the pictures that it begins with, where the base models expect it.
+
+        If there are pictures, the tokenizer puts another in front of them, as it does in the reference.
+        """
+        bos = self.tokenizer.bos_token or ""
+        if bos in prompt.text:
+            return prompt
+        pictures = re.match(r"(<\|image\|>)*", prompt.text)[0]
+        return replace(prompt, text=pictures + bos + prompt.text.removeprefix(pictures))
 
     def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
         """Under transformers' names and in its shapes: all rows have as many pictures, all pictures as many tiles, as
         the largest; the others are zeros."""
         vision, most = self.config.vision, max((len(row.pictures) for row in rows), default=0)
-        if most and vision is None:
-            raise MinivlmError("this checkpoint is a text model alone: it cannot be given a picture")
+        if most:
+            check_images(images, vision)
         for row in rows:
             expand(row, {self.config.image_token_id: [1] * len(row.pictures)})
         if not most:
             return {}
-        if not (images.do_resize and images.do_pad) or images.do_center_crop or images.size.height != images.size.width:
-            raise MinivlmError("the image processor must resize and pad to square tiles, without do_center_crop")
-        ratios = [ratio for ratio in vision.aspect_ratios if ratio[0] * ratio[1] <= images.max_image_tiles]
-        if images.max_image_tiles > vision.num_tiles:
-            raise MinivlmError(f"max_image_tiles is {images.max_image_tiles}, the tower sees {vision.num_tiles}")
-        side, I, B, T = vision.image_size, vision.num_tiles, len(rows), max(len(row.ids) for row in rows)
-        pixels = torch.zeros(B, most, I, vision.num_channels, side, side)
+        I, B, T = vision.num_tiles, len(rows), max(len(row.ids) for row in rows)
+        pixels = torch.zeros(B, most, I, vision.num_channels, vision.image_size, vision.image_size)
         ratio_ids = torch.zeros(B, most, dtype=torch.int64)
         tile_mask = torch.zeros(B, most, I, dtype=torch.int64)
         tile_mask[:, :, 0] = 1  # of a picture that is not there, too: so in the reference
@@ -555,10 +548,8 @@ class Processor(BaseProcessor):
             padding = T - len(row.ids)
             places = [padding + i for i, token_id in enumerate(row.ids) if token_id == self.config.image_token_id]
             for n, (picture, (start, end)) in enumerate(zip(row.pictures, sights(places, T), strict=True)):
-                ratio = choose_canvas((picture.height, picture.width), ratios, images.size.height)
-                tiles = of_tower_size(cut(picture, ratio, images), side)
+                tiles, ratio_ids[b, n] = cut(picture, images, vision)
                 pixels[b, n, : len(tiles)] = tiles
-                ratio_ids[b, n] = vision.aspect_ratios.index(ratio) + 1
                 tile_mask[b, n, : len(tiles)] = 1
                 cross_mask[b, start:end, n, : len(tiles)] = 1
         return {
@@ -567,3 +558,13 @@ class Processor(BaseProcessor):
             "aspect_ratio_mask": tile_mask,
             "cross_attention_mask": cross_mask,
         }
+
+
+def check_images(images: ImageConfig, vision: VisionConfig | None):
+    """Settings that another model's file would use, or that do not fit the tower."""
+    if vision is None:
+        raise MinivlmError("this checkpoint is a text model alone: it cannot be given a picture")
+    if not (images.do_resize and images.do_pad) or images.do_center_crop or images.size.height != images.size.width:
+        raise MinivlmError("the image processor must resize and pad to square tiles, without do_center_crop")
+    if images.max_image_tiles > vision.num_tiles:
+        raise MinivlmError(f"max_image_tiles is {images.max_image_tiles}, the tower sees {vision.num_tiles}")
