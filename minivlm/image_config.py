@@ -35,6 +35,7 @@ BOOKKEEPING = {
 }  # fmt: skip
 FILM_BOOKKEEPING = {"video_processor_type", "do_sample_frames", "return_metadata", "num_frames", "fps"}
 
+LARGEST = 2**63  # a number that is asked for is less than this, so that what is computed of it is a float, too
 MAX_SIDE = 2**13  # pixels of a side in a config; the largest published is 2304, OneVision's 6 x 6 tiles
 
 
@@ -166,7 +167,7 @@ def _flag(value: object) -> bool:
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < LARGEST:
         raise ValueError("it is a positive integer")
     return value
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from minivlm.errors import MinivlmError
 from minivlm.files import one_line
+from minivlm.image_config import LARGEST
 from minivlm.open_film import Reel, Unsure, open_film, watched
 from minivlm.open_image import open_image
 from minivlm.sources import open_source
@@ -25,7 +26,6 @@ URL_SECONDS = 1800.0  # for a whole download
 
 # What a part of a message may say of its film. `nframes` is `num_frames`; start and end are in seconds, both included.
 FILM_OPTIONS = ("fps", "num_frames", "nframes", "video_start", "video_end")
-LARGEST = 2**63  # each is less than this, so that what is computed of it is a float, too
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ def test_config_reads_an_integer_size_as_default_to_square_says():
         ("rescale_factor", "1/255"), ("rescale_factor", float("nan")), ("rescale_factor", 10**400),
         ("image_mean", [0.5, 0.5]), ("image_mean", "0.5"), ("image_std", [0.5, 0, 0.5]), ("image_std", {}),
         ("image_grid_pinpoints", []), ("image_grid_pinpoints", [336, [672]]), ("image_grid_pinpoints", "(1x1)"),
-        ("pad_size", {"height": 3, "width": 3}), ("max_image_tiles", 0), ("colour", "red"),
+        ("pad_size", {"height": 3, "width": 3}), ("max_image_tiles", 0), ("min_pixels", 10**400),
+        ("colour", "red"),
     ],
 )  # fmt: skip
 def test_config_refuses_by_name(field, value):

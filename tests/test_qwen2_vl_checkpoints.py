@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from qwen2_vl_tiny import (
     CONFIG,
@@ -44,6 +44,7 @@ sides = st.integers(1, 4000)
 
 
 @given(height=sides, width=sides, least=st.integers(1, 4000), more=st.integers(0, 30000))
+@example(height=42, width=70, least=1, more=100)  # 1.5 and 2.5 cells both become 2
 def test_sizes_equal_transformers(height, width, least, more):
     """Limits from 1 token to 30,000, in cells of 28 × 28."""
     limits = least * 784, (least + more) * 784
@@ -88,6 +89,9 @@ def test_limits_come_from_the_part_the_call_or_the_folder(checkpoints):
     ({"image": picture(8, 8), "min_pixels": 0}, {}, "min_pixels"),
     ({"image": picture(8, 8), "max_pixels": 64}, {}, "more than max_pixels"),
     ({"image": picture(8, 8), "resized_height": 64}, {}, "together"),
+    ({"image": picture(8, 8), "resized_height": True, "resized_width": 8}, {}, "in pixels"),
+    ({"image": picture(8, 8), "resized_height": 10**400, "resized_width": 10**400}, {}, "in pixels"),
+    ({"image": picture(8, 8), "min_pixels": 10**400, "max_pixels": 10**401}, {}, "min_pixels"),
     ({"image": picture(9, 8)}, {"do_resize": False}, "multiples of 8"),
     ({"image": picture(8, 8)}, {"size": {"height": 8, "width": 8}}, "area"),
     ({"image": picture(8, 8)}, {"merge_size": 1}, "merge_size 1"),

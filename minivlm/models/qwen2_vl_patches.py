@@ -19,7 +19,7 @@ from torch import Tensor
 from minivlm import ops
 from minivlm.console import note_once
 from minivlm.errors import MinivlmError
-from minivlm.image_config import CLIP_DEFAULTS, FILM_BOOKKEEPING, ImageConfig, read_settings
+from minivlm.image_config import CLIP_DEFAULTS, FILM_BOOKKEEPING, LARGEST, ImageConfig, read_settings
 from minivlm.images import pixel_table, resize
 from minivlm.videos import FILM_OPTIONS, Film, FilmRule, check_film_options, open_video
 
@@ -208,7 +208,7 @@ def target_size(size: tuple[int, int], options: dict, images: ImageConfig) -> tu
     """(height, width) that a picture or frame of `size` is resized to."""
     wanted = [options[key] for key in SIZE_OPTIONS if key in options]
     if wanted:
-        if len(wanted) != 2 or not all(isinstance(side, int) and side > 0 for side in wanted):
+        if len(wanted) != 2 or not all(type(side) is int and 0 < side < LARGEST for side in wanted):
             raise MinivlmError("resized_height and resized_width are given together, in pixels")
         size = (wanted[0], wanted[1])
     elif not images.do_resize:
