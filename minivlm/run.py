@@ -198,6 +198,7 @@ def dispatch(args: dict) -> int:
         return show_version()
     if "list" in args:
         return show_list()
+    import_torch()
     from minivlm.sampling import Sampling
 
     sampling = {name: args[name] for name in SAMPLING if name in args}
@@ -228,6 +229,18 @@ def dispatch(args: dict) -> int:
         chat = Chat(vlm, sampling, args.get("system"), "debug" in args, film_options_of(args))
         return chat.run(args.get("prompt"), args.get("image", []), args.get("video", []))
     return answer(vlm, question, sampling, args, load_seconds)
+
+
+def import_torch() -> None:
+    """Without the search for garbage: time and again Python would look through all that torch makes, and find none."""
+    if "torch" not in sys.modules:
+        import gc
+
+        gc.disable()
+        import torch  # noqa: F401
+
+        gc.freeze()  # nor later: a fifth of a second in all, of a demo that takes one and a half
+        gc.enable()
 
 
 def open_vlm(args: dict, weights: bool):

@@ -357,6 +357,21 @@ def test_a_whole_run_leaves_the_compiler_alone():
     assert loaded & {"torch._dynamo", "sympy", "transformers", "matplotlib", "av"} == set()
 
 
+def test_torch_is_imported_without_a_search_for_garbage():
+    """Which would take a seventh of the time that the whole demo takes; afterwards it goes on, torch left out."""
+    script = """
+import gc
+searches = []
+gc.callbacks.append(lambda phase, info: searches.append(info["generation"]))
+from minivlm.run import import_torch
+before = len(searches)
+import_torch()
+print(len(searches) - before, gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "0 True True\n"
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_freed_memory_stays_with_the_process():
     """A tensor of 31 MB is a mapping of its own before, and afterwards in the heap, which does not shrink behind it."""
