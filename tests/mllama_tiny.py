@@ -45,10 +45,9 @@ TALKS = [
 ]  # fmt: skip
 
 
-def make(folder, config=CONFIG):
+def make(folder, kind):
     """A checkpoint in the hub's layout, `<|image|>` the first id behind the vocabulary, as in the published ones."""
     tokenizer = tokenizers_tiny.llama3()
-    tokenizers_tiny.save(tokenizer, folder, "llama3", TEMPLATES["mllama"])
     image_id = tokenizer.token_to_id("<|image|>")
     assert image_id == tokenizer.get_vocab_size() - 1
     ids = {
@@ -56,15 +55,17 @@ def make(folder, config=CONFIG):
         "eos_token_id": [tokenizer.token_to_id("<|end_of_text|>"), tokenizer.token_to_id("<|eot_id|>")],
         "pad_token_id": tokenizer.token_to_id("<|finetune_right_pad_id|>"),
     }  # fmt: skip
-    config = config | {"image_token_index": image_id, "text_config": config["text_config"] | ids}
+    config = CONFIG | {"image_token_index": image_id, "text_config": CONFIG["text_config"] | ids} | KINDS[kind]
     theirs = tiny.build(config)
     feel_gates(theirs)
-    tiny.save_tensors(tiny.tensors_of(theirs), folder)
-    tiny.write_json(folder / "config.json", config)
-    tiny.write_json(folder / "preprocessor_config.json", PREPROCESSOR)
-    return tiny.Checkpoint(
-        folder, patched(theirs), transformers.AutoProcessor.from_pretrained(folder, backend="pil")
-    )  # fmt: skip
+    tiny.write(folder, config, theirs, preprocessor_config=PREPROCESSOR)
+    tokenizers_tiny.save(tokenizer, folder, "llama3", TEMPLATES["mllama"])
+    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+    return tiny.Checkpoint(folder, patched(theirs), processor)
+
+
+KINDS = {"hub": {}}
+opened = tiny.opener(make, KINDS)
 
 
 @torch.no_grad()
@@ -103,10 +104,6 @@ def patched(theirs, entering=True, silent=True):
             layer.register_forward_pre_hook(note, with_kwargs=True)
             layer.cross_attn.register_forward_hook(lambda _, __, output: (output[0] * rows[0], *output[1:]))
     return theirs
-
-
-def reload(folder):
-    return transformers.MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def their_inputs(processor, talks):

@@ -1,15 +1,10 @@
 """Tiny LLaVA-OneVision checkpoints with their oracle, and films for them."""
 
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import numpy as np
 import tiny
 import tokenizers_tiny
-import torch
 import transformers
-from tiny import film, load, media, picture, turn
+from tiny import film, media, picture, turn
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -47,21 +42,6 @@ VIDEO_PREPROCESSOR = PIXELS | {
 TEMPLATE = tokenizers_tiny.TEMPLATES["onevision"]
 
 
-class Frames:
-    """Stands in for their video processor, which needs torchvision: every frame through SigLIP's PIL processor.
-
-    Theirs differs by up to two grey levels of 255, because it does not resize with Pillow:
-    fixtures/llava_onevision_videos/.
-    """
-
-    def __init__(self):
-        self.images = SiglipImageProcessorPil(**PIXELS)
-
-    def __call__(self, videos, **_):
-        films = [self.images(list(film), return_tensors="np")["pixel_values"] for film in videos]
-        return {"pixel_values_videos": torch.tensor(np.stack(films))}  # (films, frames, 3, height, width)
-
-
 class TheirProcessor(LlavaOnevisionProcessor):
     """Theirs, which by itself would import torchvision only to see that it is given its own classes."""
 
@@ -79,44 +59,43 @@ class TheirProcessor(LlavaOnevisionProcessor):
 
 def make(folder, kind):
     """A checkpoint in the hub's layout, and its oracle."""
-    folder.mkdir(parents=True)
     tokenizer = tokenizers_tiny.qwen2(added=("<image>", "<video>"))
-    tokenizers_tiny.save(tokenizer, folder, "qwen2", TEMPLATE)
-    config = CONFIG | KINDS[kind]
-    config |= {f"{name}_token_index": tokenizer.token_to_id(f"<{name}>") for name in ("image", "video")}
-    config["text_config"] = config["text_config"] | {"vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
+    config = tiny.with_ids(CONFIG | KINDS[kind], tokenizer, "image", "video")
     theirs = tiny.build(config)
-    tiny.save_tensors(tiny.tensors_of(theirs), folder)
     counts = {
         "num_image_tokens": 25, "vision_feature_select_strategy": "full",
         "vision_aspect_ratio": config["vision_aspect_ratio"],
     }  # fmt: skip
-    for name, content in {
-        "config.json": config, "preprocessor_config.json": PREPROCESSOR, "processor_config.json": counts,
-        "video_preprocessor_config.json": VIDEO_PREPROCESSOR,
-    }.items():  # fmt: skip
-        tiny.write_json(folder / name, content)
+    tiny.write(
+        folder, config, theirs, preprocessor_config=PREPROCESSOR, processor_config=counts,
+        video_preprocessor_config=VIDEO_PREPROCESSOR,
+    )  # fmt: skip
+    tokenizers_tiny.save(tokenizer, folder, "qwen2", TEMPLATE)
     images = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
     tokens = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    processor = TheirProcessor(images, tokens, Frames(), chat_template=TEMPLATE, **counts)
+    frames = tiny.Frames(SiglipImageProcessorPil(**PIXELS))
+    processor = TheirProcessor(images, tokens, frames, chat_template=TEMPLATE, **counts)
     return tiny.Checkpoint(folder, theirs, processor)
 
 
-_ROOM = TemporaryDirectory()
-
-
-def opened(kind="0.5b"):
-    """(checkpoint, ours) of one of KINDS."""
-    return _opened(kind)
-
-
-@cache
-def _opened(kind):
-    checkpoint = make(Path(_ROOM.name, kind), kind)
-    return checkpoint, load(checkpoint.folder)
+opened = tiny.opener(make, KINDS)
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------
+
+# A large picture, which is shrunk; text; pictures in one turn and over turns; a film with a picture; two films.
+TALKS = [
+    [turn("user", picture(200, 230), "What is this?")],
+    [turn("user", "Hello! No picture here.")],
+    [turn("user", picture(40, 40, 1), picture(130, 77, 2), "Compare both."), turn("assistant", "The left one."),
+     turn("user", picture(7, 9, 3), "And now?")],
+    [turn("user", picture(47, 91), film(2), "What happens?")],
+    [turn("user", film(2, 43, 43, 1), film(2, 60, 30, 2), "Which is longer?"), turn("assistant", "Neither.")],
+]  # fmt: skip
+MORE = [  # than their processor can take: films of different lengths
+    [turn("user", film(7), "Long?")],
+    [turn("user", film(1), film(3, 20, 20), picture(9, 99), "Now?")],
+]
 
 
 def their_inputs(processor, conversations):

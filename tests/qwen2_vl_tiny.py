@@ -4,18 +4,14 @@ transformers 5's own video processor needs torchvision. The pixels of films are 
 frame by frame, and everything behind the pixels by giving its model ours. It orders patches cell by cell.
 """
 
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import tiny
 import tokenizers_tiny
 import torch
-from tiny import load, picture, turn
+from tiny import picture, turn
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import minivlm
 from minivlm.image_config import CLIP_MEAN, CLIP_STD
 from minivlm.models.qwen2_vl import TEMPLATE
 
@@ -73,6 +69,7 @@ FILMS = [
     ask("Hi."),
     ask("First ", picture(30, 50), film(1, seed=1), "then ", film(7, 50, 70, seed=2), picture(47, 20), "Which is it?"),
 ]
+TALKS = PICTURES + FILMS
 
 # --- what tests/fixtures/qwen2_vl_videos has the reference's answers to -----------------------------------------------
 
@@ -102,38 +99,28 @@ def film_of(num_frames):
     return [picture(*FILM_SIZES[num_frames], 100 + i) for i in range(num_frames)]
 
 
-@dataclass
-class Checkpoint:
-    folder: Path
-    theirs: torch.nn.Module
+LAYOUTS = {"hub": ((r"^model\.visual", "visual"), (r"^model\.language_model", "model")), "4.52": ()}
 
 
-def make(folder, **changes):
-    config = CONFIG | changes
-    tokenizers_tiny.save(TOKENIZER, folder, "qwen2", TEMPLATE)
+class OurProcessor:
+    """Stands where the others have transformers': see above."""
+
+    def __init__(self, folder):
+        self.folder, self.see = folder, minivlm.load(folder, weights=False).processor
+
+    def save_pretrained(self, folder):
+        tiny.copy_settings(self.folder, folder)
+
+
+def make(folder, kind):
+    config = CONFIG | KINDS[kind]
     theirs = tiny.build(config)
-    tiny.write_json(folder / "config.json", config)
-    tiny.write_json(folder / "preprocessor_config.json", PREPROCESSOR)
-    tiny.save_tensors(tensors_of(theirs, "hub"), folder)
-    return Checkpoint(folder, theirs)
+    tiny.write(folder, config, theirs, LAYOUTS, preprocessor_config=PREPROCESSOR)
+    tokenizers_tiny.save(TOKENIZER, folder, "qwen2", TEMPLATE)
+    return tiny.Checkpoint(folder, theirs, OurProcessor(folder), LAYOUTS)
 
 
-def tensors_of(theirs, layout):
-    tensors = {name: p.detach().contiguous() for name, p in theirs.named_parameters()}
-    if layout == "hub":
-        tensors = {name.replace("model.visual", "visual").replace("model.language_model", "model"): tensor
-                   for name, tensor in tensors.items()}  # fmt: skip
-    return tensors
-
-
-_ROOM = TemporaryDirectory()
-
-
-@cache
-def opened(kind="untied"):
-    """(theirs, ours) of one of KINDS."""
-    checkpoint = make(Path(_ROOM.name, kind), **KINDS[kind])
-    return checkpoint, load(checkpoint.folder)
+opened = tiny.opener(make, KINDS)
 
 
 # --- the reference's side ---------------------------------------------------------------------------------------------
@@ -150,6 +137,10 @@ def by_cell(patches, grids):
 def their_images(pictures, **settings):
     processor = Qwen2VLImageProcessorPil(**(PREPROCESSOR | settings))
     return processor(images=pictures, return_tensors="pt")
+
+
+def their_inputs(processor, conversations):
+    return of_inputs(processor.see(conversations))
 
 
 def of_inputs(ours):

@@ -1,11 +1,10 @@
 """Mllama against transformers held to Meta's rules: every seam, gates, who may see what."""
 
-import mllama_tiny
 import pytest
 import tiny
 import torch
-from mllama_tiny import RATIOS, TALKS, patched, reload, their_inputs
-from tiny import close, load, our_logits, picture, turn, whole_and_one_by_one
+from mllama_tiny import RATIOS, TALKS, opened, patched, their_inputs
+from tiny import close, load, our_logits, picture, reload, turn
 
 from minivlm import Prompt
 from minivlm.cache import KVCache
@@ -17,14 +16,16 @@ SIZES = [  # one at least for each aspect ratio, and some that are hard
     (39, 41), (1, 1), (1, 300), (300, 1), (33, 171), (257, 90), (500, 500),
 ]  # fmt: skip
 
+
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return mllama_tiny.make(tmp_path_factory.mktemp("mllama") / "checkpoint")
+def checkpoint():
+    return opened()[0]
 
 
 @pytest.fixture(scope="module")
-def vlm(checkpoint):
-    return load(checkpoint.folder)
+def vlm():
+    return opened()[1]
+
 
 def check_inputs(ours, theirs):
     for name, tensor in theirs.items():
@@ -67,16 +68,6 @@ def test_text_alone_equals_transformers(checkpoint, vlm):
     check_inputs(ours, theirs)
     assert ours.pixel_values is None
     assert close(our_logits(vlm, ours), tiny.their_logits(checkpoint.theirs, theirs))
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_generated_tokens_equal_transformers(checkpoint, vlm, num_beams):
-    theirs = tiny.their_answers(
-        checkpoint.theirs, their_inputs(checkpoint.processor, TALKS), vlm.eos_ids, vlm.processor.tokenizer.pad_id,
-        num_beams=num_beams, max_new_tokens=16,
-    )  # fmt: skip
-    ours = [result.token_ids for result in vlm.generate(TALKS, num_beams=num_beams, max_new_tokens=16)]
-    assert ours == theirs
 
 
 PROMPTS = {  # text → whether the reference's tokenizer is to add a BOS: not where the text begins with one
@@ -149,6 +140,7 @@ def test_pictures_seen_from_everywhere_break_parity(wanted, vlm):
     ours.cross_attention_mask = ours.cross_attention_mask.amax(1, keepdim=True).expand_as(ours.cross_attention_mask)
     assert not close(our_logits(vlm, ours), wanted, atol=1e-3)
 
+
 @pytest.mark.parametrize("left_out", ["entering", "silent"])
 def test_transformers_as_it_is_is_another_model(checkpoint, wanted, left_out):
     """Each of the two patches matters: without it, the same weights say something else."""
@@ -158,15 +150,6 @@ def test_transformers_as_it_is_is_another_model(checkpoint, wanted, left_out):
 
 
 # --- metamorphic ------------------------------------------------------------------------------------------------------
-
-
-def test_cached_steps_equal_the_full_forward(vlm):
-    assert close(*whole_and_one_by_one(vlm, TALKS, 8), atol=2e-5)
-
-
-def test_a_batch_gives_what_its_rows_give_alone(vlm):
-    alone = torch.cat([our_logits(vlm, vlm.preprocess([talk])) for talk in TALKS])
-    assert close(our_logits(vlm, vlm.preprocess(TALKS)), alone, atol=2e-5)
 
 
 def test_text_before_a_picture_is_as_if_there_were_none(vlm):

@@ -42,11 +42,6 @@ from minivlm.videos import sample
 FIXTURES = Path(__file__).with_name("fixtures") / "qwen2_vl_videos"
 
 
-@pytest.fixture(scope="module")
-def checkpoints():
-    return opened
-
-
 def film_grid(vlm, num_frames=6, size=(80, 80), images_kwargs=None, **options):
     frames = [picture(*size, i) for i in range(num_frames)]
     talk = ask({"type": "video", "video": frames, **options}, "What?")
@@ -155,30 +150,31 @@ def test_the_conversations_of_the_documentation(stored, tmp_path, kind):
 # --- the size of frames -----------------------------------------------------------------------------------------------
 
 
-def test_limits_of_films(checkpoints):
+def test_limits_of_films():
     """A frame has 128 to 768 tokens of 8 × 8 pixels, unless the part asks for others, or for a size, which pictures'
     limits hold."""
-    _, vlm = checkpoints()
+    _, vlm = opened()
     assert film_grid(vlm, 1) == [[1, 24, 24]]
     assert film_grid(vlm, 1, (400, 400)) == [[1, 54, 54]]
     assert film_grid(vlm, 1, (400, 400), max_pixels=200 * 64) == [[1, 28, 28]]
     assert film_grid(vlm, 1, (400, 400), max_pixels=16 * 64) == [[1, 8, 8]]  # what was asked for, not 128 tokens
+    assert film_grid(vlm, 1, (56, 120), max_pixels=100 * 64) == [[1, 12, 28]]  # and not 5 % more
     assert film_grid(vlm, 1, min_pixels=900 * 64) == [[1, 60, 60]]  # and neither 768
     assert film_grid(vlm, 1, min_pixels=None, max_pixels=None, fps=2.0) == [[1, 24, 24]]
     assert film_grid(vlm, 1, resized_height=24, resized_width=40) == [[1, 6, 10]]
 
 
-def test_limits_of_a_call_are_those_of_frames_too(checkpoints):
-    _, vlm = checkpoints()
+def test_limits_of_a_call_are_those_of_frames_too():
+    _, vlm = opened()
     assert film_grid(vlm, 1, (400, 400), images_kwargs={"max_pixels": 16 * 64}) == [[1, 8, 8]]
     assert film_grid(vlm, 1, (400, 400), images_kwargs={"max_pixels": 1000 * 64}) == [[1, 62, 62]]
     assert film_grid(vlm, 1, images_kwargs={"min_pixels": 900 * 64, "max_pixels": 1000 * 64}) == [[1, 60, 60]]
     assert film_grid(vlm, 1, (400, 400), {"max_pixels": 16 * 64}, max_pixels=36 * 64) == [[1, 12, 12]]
 
 
-def test_a_long_film_has_small_frames(checkpoints, tmp_path):
+def test_a_long_film_has_small_frames(tmp_path):
     """3 frame pairs share 30 tokens: 10 for each, but no fewer than 1.05 of min_pixels."""
-    checkpoint, _ = checkpoints()
+    checkpoint, _ = opened()
     limits = {"min_pixels": 4 * 64, "max_pixels": 768 * 64}
     vlm = with_settings(checkpoint, tmp_path / "short", {**limits, "max_video_tokens": 34})
     assert film_grid(vlm) == [[3, 6, 6]]
@@ -192,9 +188,9 @@ def test_a_long_film_has_small_frames(checkpoints, tmp_path):
     height=st.integers(1, 2000), width=st.integers(1, 2000), num_frames=st.integers(1, 768),
     least=st.integers(1, 200), more=st.integers(0, 2000),
 )  # fmt: skip
-def test_frames_are_as_large_as_in_transformers(checkpoints, height, width, num_frames, least, more):
+def test_frames_are_as_large_as_in_transformers(height, width, num_frames, least, more):
     """Its `Qwen2VLVideoProcessor.resize` with `cap_pixels_per_frame`, in cells of 8 × 8 pixels."""
-    _, vlm = checkpoints()
+    _, vlm = opened()
     if max(height, width) > 200 * min(height, width):
         return
     least, most = least * 64, (least + more) * 64
@@ -213,8 +209,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", ["video_preprocessor_config.json", "processor_config.json"])
-def test_a_folders_settings_for_films_are_followed(checkpoints, tmp_path, name):
-    checkpoint, vlm = checkpoints()
+def test_a_folders_settings_for_films_are_followed(tmp_path, name):
+    checkpoint, vlm = opened()
     told = with_settings(
         checkpoint, tmp_path / "f", {"video_processor": SETTINGS} if name[0] == "p" else SETTINGS, name
     )
@@ -226,10 +222,10 @@ def test_a_folders_settings_for_films_are_followed(checkpoints, tmp_path, name):
     assert (rule.fps, rule.num_frames, rule.min_frames, rule.max_frames, rule.multiple_of) == (4, None, 2, 6, 2)
 
 
-def test_a_folder_that_says_nothing_of_films_shows_frames_as_pictures(checkpoints, tmp_path):
+def test_a_folder_that_says_nothing_of_films_shows_frames_as_pictures(tmp_path):
     """But for their limits."""
     other = PREPROCESSOR | {"image_mean": [0.5, 0.4, 0.3], "resample": 2}
-    images = with_settings(checkpoints()[0], tmp_path / "f", other, "preprocessor_config.json").processor.images
+    images = with_settings(opened()[0], tmp_path / "f", other, "preprocessor_config.json").processor.images
     limits = {"min_pixels": images.frames.min_pixels, "max_pixels": images.frames.max_pixels}
     assert images.frames == replace(images.pictures, **limits) and images.frames.image_mean == (0.5, 0.4, 0.3)
     assert limits["max_pixels"] != images.pictures.max_pixels
@@ -245,8 +241,8 @@ def test_a_folder_that_says_nothing_of_films_shows_frames_as_pictures(checkpoint
     ({"size": {"height": 8, "width": 8}}, "area"),
     ({"do_center_crop": True, "crop_size": 8}, "neither crops"),
 ])  # fmt: skip
-def test_a_folders_setting_that_cannot_be_followed_is_named(checkpoints, tmp_path, settings, said):
-    checkpoint, _ = checkpoints()
+def test_a_folders_setting_that_cannot_be_followed_is_named(tmp_path, settings, said):
+    checkpoint, _ = opened()
     with pytest.raises(MinivlmError, match=said):
         film_grid(with_settings(checkpoint, tmp_path / "bad", settings))
 
@@ -285,9 +281,9 @@ def levels(vlm, inputs):
     (3, {}, [0, 1]),  # of 3 frames an even number
     (1, {}, [0, 0]),
 ])  # fmt: skip
-def test_a_file_is_sampled_by_qwens_rule(checkpoints, tmp_path, num_frames, options, taken):
+def test_a_file_is_sampled_by_qwens_rule(tmp_path, num_frames, options, taken):
     """8 frames a second; the frames' levels tell which they are."""
-    _, vlm = checkpoints()
+    _, vlm = opened()
     part = {"type": "video", "video": write_film(tmp_path / "film.mkv", num_frames), **options}
     ours = levels(vlm, vlm.preprocess([ask(part, "What?")]))
     assert [level // 4 for level in ours] == taken
@@ -307,8 +303,8 @@ def url(tmp_path):
         server.shutdown()
 
 
-def test_a_film_comes_from_anywhere(checkpoints, tmp_path, url):
-    _, vlm = checkpoints()
+def test_a_film_comes_from_anywhere(tmp_path, url):
+    _, vlm = opened()
     path = write_film(tmp_path / "a film.mkv", 8)
     data = "data:video/x-matroska;base64," + base64.b64encode(path.read_bytes()).decode()
     sources = [path, str(path), path.as_uri(), data, path.read_bytes(), f"{url}/a%20film.mkv"]
@@ -319,8 +315,8 @@ def test_a_film_comes_from_anywhere(checkpoints, tmp_path, url):
     assert (inputs[0].input_ids == VIDEO).sum() == 2 * 9 * 15  # 48 × 80 pixels become at least 128 tokens
 
 
-def test_a_picture_comes_from_anywhere(checkpoints, tmp_path, url):
-    _, vlm = checkpoints()
+def test_a_picture_comes_from_anywhere(tmp_path, url):
+    _, vlm = opened()
     path = tmp_path / "a picture.png"
     picture(30, 50).save(path)
     data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
@@ -334,8 +330,8 @@ def test_a_picture_comes_from_anywhere(checkpoints, tmp_path, url):
 # --- what is announced ------------------------------------------------------------------------------------------------
 
 
-def test_a_limit_that_bites_is_announced(checkpoints, tmp_path, capsys):
-    checkpoint, vlm = checkpoints()
+def test_a_limit_that_bites_is_announced(tmp_path, capsys):
+    checkpoint, vlm = opened()
     film_grid(vlm, 3, (400, 400))
     told = capsys.readouterr().err
     assert told == (
@@ -354,8 +350,8 @@ def test_a_limit_that_bites_is_announced(checkpoints, tmp_path, capsys):
     assert "too long for 4 frames a second: 6 are taken, every 0.825 s" in capsys.readouterr().err
 
 
-def test_what_was_asked_for_is_not_announced(checkpoints, tmp_path, capsys):
-    checkpoint, vlm = checkpoints()
+def test_what_was_asked_for_is_not_announced(tmp_path, capsys):
+    checkpoint, vlm = opened()
     film_grid(vlm, 3, (400, 400), max_pixels=200 * 64)
     film_grid(vlm, 3, (400, 400), {"max_pixels": 200 * 64})
     film_grid(vlm, 3, (400, 400), resized_height=40, resized_width=40)

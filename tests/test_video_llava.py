@@ -19,10 +19,9 @@ from tiny import (
     their_logits,
     turn,
     variant,
-    whole_and_one_by_one,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from video_llava_tiny import CONFIGS, PREPROCESSOR, of_inputs, opened, their_inputs
+from video_llava_tiny import KINDS, MORE, PREPROCESSOR, TALKS, of_inputs, opened, their_inputs
 
 import minivlm
 from minivlm import decoder, fuse
@@ -30,31 +29,16 @@ from minivlm.errors import MinivlmError
 from minivlm.models import video_llava
 from minivlm.vit import ViT
 
-TALKS = [
-    [turn("user", picture(47, 91), "What is this?")],
-    [turn("user", "Hello! Nothing to see here.")],
-    [turn("user", film(8), "What moves?")],
-    [turn("user", picture(40, 40, 1), picture(9, 77, 2), "Compare both."), turn("assistant", "The left one."),
-     turn("user", "And now?", picture(200, 41, 3))],
-    [turn("user", film(8, seed=1), film(8, 20, 15, seed=2), "Which is longer?")],
-    [turn("user", film(8, seed=3), "What is in ", picture(33, 57), "and in the film?"), turn("assistant", "A star."),
-     turn("user", "And in this one?", picture(41, 39))],
-]  # fmt: skip
 SIZES = [(40, 40), (39, 41), (41, 39), (2, 2), (37, 1), (1, 1), (1, 37), (3, 77), (80, 40), (33, 171), (257, 90)]
 MISREAD = [(1, 1), (1, 37), (3, 77)]  # by their image processor, which takes so few rows for colours
-
-
-@pytest.fixture(scope="module")
-def checkpoints():
-    return opened
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pixels_and_ids_of_a_picture_equal_transformers(checkpoints, size):
-    checkpoint, vlm = checkpoints()
+def test_pixels_and_ids_of_a_picture_equal_transformers(size):
+    checkpoint, vlm = opened()
     talk = [turn("user", picture(*size), "What do you see?")]
     ours = vlm.preprocess([talk])
     if size in MISREAD:
@@ -70,9 +54,9 @@ def test_pixels_and_ids_of_a_picture_equal_transformers(checkpoints, size):
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 8, 13, 24])
-def test_films_equal_transformers(checkpoints, num_frames):
+def test_films_equal_transformers(num_frames):
     """Ids, pixels, features, logits, and 16 greedy tokens."""
-    checkpoint, vlm = checkpoints()
+    checkpoint, vlm = opened()
     talk = [turn("user", film(num_frames), "What moves?")]
     ours, theirs = vlm.preprocess([talk]), their_inputs(checkpoint.processor, [talk])
     assert torch.equal(ours.input_ids, theirs["input_ids"])
@@ -86,9 +70,9 @@ def test_films_equal_transformers(checkpoints, num_frames):
     assert [vlm.generate(talk, max_new_tokens=16).token_ids] == answers
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_seam_equals_transformers(checkpoints, name):
-    checkpoint, vlm = checkpoints(name)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_seam_equals_transformers(name):
+    checkpoint, vlm = opened(name)
     config, model = vlm.model.config.llava, checkpoint.theirs.model
     ours, theirs = vlm.preprocess(TALKS), their_inputs(checkpoint.processor, TALKS)
     assert torch.equal(ours.input_ids, theirs["input_ids"])
@@ -107,20 +91,8 @@ def test_every_seam_equals_transformers(checkpoints, name):
     assert close(our_logits(vlm, ours), their_logits(checkpoint.theirs, theirs))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_generated_tokens_equal_transformers(checkpoints, name, num_beams):
-    checkpoint, vlm = checkpoints(name)
-    theirs = their_answers(
-        checkpoint.theirs, their_inputs(checkpoint.processor, TALKS), vlm.eos_ids, vlm.processor.tokenizer.pad_id,
-        num_beams=num_beams, max_new_tokens=16,
-    )  # fmt: skip
-    ours = [result.token_ids for result in vlm.generate(TALKS, num_beams=num_beams, max_new_tokens=16)]
-    assert ours == theirs
-
-
-def test_a_rendered_prompt_has_the_ids_of_transformers(checkpoints):
-    checkpoint, vlm = checkpoints()
+def test_a_rendered_prompt_has_the_ids_of_transformers():
+    checkpoint, vlm = opened()
     images = {"return_legacy_image_output": False}
     for text in ("<video>\nA film of", "<s>USER: <image> <video> <image>ASSISTANT:", "Nothing"):
         pictures, films = [picture(47, 91), picture(9, 8)][: text.count("<image>")], [film(2)][: text.count("<video>")]
@@ -131,16 +103,11 @@ def test_a_rendered_prompt_has_the_ids_of_transformers(checkpoints):
         assert torch.equal(vlm.preprocess([minivlm.Prompt(text, pictures, films)]).input_ids, theirs["input_ids"])
 
 
-def test_a_folder_without_a_template_gets_the_published_one(checkpoints, tmp_path):
-    checkpoint, vlm = checkpoints()
+def test_a_folder_without_a_template_gets_the_published_one(tmp_path):
+    checkpoint, vlm = opened()
     other = load(variant(checkpoint.folder, tmp_path / "bare", drop=["chat_template*"]))
     system = [{"role": "system", "content": "Be brief. "}, *TALKS[5]]
     assert torch.equal(other.preprocess([*TALKS, system]).input_ids, vlm.preprocess([*TALKS, system]).input_ids)
-
-
-def test_logits_are_of_a_size_that_the_tolerance_means_something(checkpoints):
-    _, vlm = checkpoints()
-    assert 0.5 < our_logits(vlm, vlm.preprocess(TALKS)).std() < 10
 
 
 # --- parity with their video processor, which does not run here -------------------------------------------------------
@@ -155,9 +122,9 @@ def grey_levels(pixels):
 
 
 @pytest.mark.parametrize("num_frames", STORED_FILMS)
-def test_films_equal_their_video_processor_but_for_its_way_to_resize(checkpoints, num_frames):
+def test_films_equal_their_video_processor_but_for_its_way_to_resize(num_frames):
     """Pillow's resize and torchvision's differ by up to two grey levels; where nothing is resized, nothing differs."""
-    _, vlm = checkpoints()
+    _, vlm = opened()
     size = STORED_FILMS[num_frames]
     inputs = vlm.preprocess([[turn("user", film(num_frames, *size), "What?")]])
     ours, theirs = grey_levels(inputs.pixel_values_videos), torch.from_numpy(STORED[f"pixels_{num_frames}"])
@@ -166,8 +133,8 @@ def test_films_equal_their_video_processor_but_for_its_way_to_resize(checkpoints
 
 
 @pytest.mark.parametrize("settings", [{"resample": 2}, {"size": 42}, {"do_center_crop": False, "size": [40, 40]}])
-def test_another_way_to_resize_is_not_theirs(checkpoints, settings):
-    _, vlm = checkpoints()
+def test_another_way_to_resize_is_not_theirs(settings):
+    _, vlm = opened()
     inputs = vlm.preprocess([[turn("user", film(24, 97, 64), "What?")]], images_kwargs=settings)
     assert not close(grey_levels(inputs.pixel_values_videos), torch.from_numpy(STORED["pixels_24"]).float(), atol=4)
 
@@ -175,29 +142,29 @@ def test_another_way_to_resize_is_not_theirs(checkpoints, settings):
 # --- the twins: what must break parity --------------------------------------------------------------------------------
 
 
-def broken(checkpoints, talks=TALKS):
+def broken(talks=TALKS):
     """(ours, theirs) of a model that a test has harmed."""
-    checkpoint, vlm = checkpoints()
+    checkpoint, vlm = opened()
     inputs = vlm.preprocess(talks)
     return our_logits(vlm, inputs), their_logits(checkpoint.theirs, of_inputs(inputs))
 
 
-def test_nothing_is_broken_at_first(checkpoints):
-    assert close(*broken(checkpoints))
+def test_nothing_is_broken_at_first():
+    assert close(*broken())
 
 
-def test_towers_exchanged_break_parity(checkpoints, monkeypatch):
-    _, vlm = checkpoints()
+def test_towers_exchanged_break_parity(monkeypatch):
+    _, vlm = opened()
     image_tower, video_tower = vlm.model.image_tower, vlm.model.video_tower
     for one, other, talk in (("image_tower", video_tower, TALKS[0]), ("video_tower", image_tower, TALKS[2])):
         with monkeypatch.context() as patch:
             patch.setitem(vlm.model._modules, one, other)
-            assert not close(*broken(checkpoints, [talk]), atol=1e-3)
+            assert not close(*broken([talk]), atol=1e-3)
 
 
-def test_frames_without_their_class_token_do_not_fit(checkpoints, monkeypatch):
+def test_frames_without_their_class_token_do_not_fit(monkeypatch):
     """Neither the prompt of their processor nor, if the prompt is made to fit, its length."""
-    checkpoint, vlm = checkpoints()
+    checkpoint, vlm = opened()
     inputs, forward = vlm.preprocess([TALKS[2]]), ViT.forward
     monkeypatch.setattr(ViT, "forward", lambda self, pixels, layers, **_: forward(self, pixels, layers, True))
     with pytest.raises(MinivlmError, match="208 image placeholders.* 200 image tokens"):
@@ -207,8 +174,8 @@ def test_frames_without_their_class_token_do_not_fit(checkpoints, monkeypatch):
     assert vlm.model(ours).shape[1] == theirs["input_ids"].shape[1] - 8
 
 
-def test_pictures_with_their_class_token_do_not_fit(checkpoints, monkeypatch):
-    _, vlm = checkpoints()
+def test_pictures_with_their_class_token_do_not_fit(monkeypatch):
+    _, vlm = opened()
     inputs, forward = vlm.preprocess([TALKS[0]]), ViT.forward
     monkeypatch.setattr(ViT, "forward", lambda self, pixels, layers, _: forward(self, pixels, layers, False))
     with pytest.raises(MinivlmError, match="25 image placeholders.* 26 image tokens"):
@@ -228,8 +195,8 @@ WRONG_CONFIGS = {
 
 @pytest.mark.parametrize("change", WRONG_CONFIGS)
 @pytest.mark.parametrize("talk", [TALKS[0], TALKS[2]], ids=["picture", "film"])
-def test_another_number_in_the_config_breaks_parity(checkpoints, tmp_path, change, talk):
-    checkpoint, vlm = checkpoints()
+def test_another_number_in_the_config_breaks_parity(tmp_path, change, talk):
+    checkpoint, vlm = opened()
     other = load(variant(checkpoint.folder, tmp_path / "changed", WRONG_CONFIGS[change]))
     inputs = vlm.preprocess([talk])
     assert not close(our_logits(other, inputs), their_logits(checkpoint.theirs, of_inputs(inputs)), atol=1e-3)
@@ -253,31 +220,18 @@ TRAPS = {
 
 
 @pytest.mark.parametrize("trap", TRAPS)
-def test_every_trap_breaks_parity(checkpoints, monkeypatch, trap):
+def test_every_trap_breaks_parity(monkeypatch, trap):
     TRAPS[trap](monkeypatch)
-    assert not close(*broken(checkpoints, [TALKS[2], TALKS[4]]), atol=1e-3)
+    assert not close(*broken([TALKS[2], TALKS[4]]), atol=1e-3)
 
 
 # --- metamorphic ------------------------------------------------------------------------------------------------------
 
-MIXED = [*TALKS, [turn("user", film(3), picture(40, 40), film(1, 40, 40), "Compare.")]]  # more than they can take
 
-
-def test_cached_steps_equal_the_full_forward(checkpoints):
-    _, vlm = checkpoints()
-    assert close(*whole_and_one_by_one(vlm, MIXED, 6))
-
-
-def test_a_batch_gives_what_its_rows_give_alone(checkpoints):
-    _, vlm = checkpoints()
-    alone = torch.cat([our_logits(vlm, vlm.preprocess([talk])) for talk in MIXED])
-    assert close(our_logits(vlm, vlm.preprocess(MIXED)), alone, atol=2e-5)
-
-
-def test_pictures_and_films_give_the_same_tokens_in_any_company(checkpoints):
-    _, vlm = checkpoints()
-    model, together = vlm.model, vlm.preprocess(MIXED)
-    pictures, films = media(MIXED, "image"), media(MIXED, "video")
+def test_pictures_and_films_give_the_same_tokens_in_any_company():
+    _, vlm = opened()
+    model, together = vlm.model, vlm.preprocess([*TALKS, *MORE])
+    pictures, films = media([*TALKS, *MORE], "image"), media([*TALKS, *MORE], "video")
     assert together.video_sizes.tolist() == [len(f) for f in films]
     with torch.inference_mode():
         for own, tokens in zip(pictures, model.encode_images(together).split(25), strict=True):
@@ -286,8 +240,8 @@ def test_pictures_and_films_give_the_same_tokens_in_any_company(checkpoints):
             assert close(tokens, model.encode_videos(vlm.preprocess([[turn("user", own, "Look.")]])), atol=2e-5)
 
 
-def test_frames_are_seen_as_pictures_are_but_by_another_tower(checkpoints, monkeypatch):
-    _, vlm = checkpoints()
+def test_frames_are_seen_as_pictures_are_but_by_another_tower(monkeypatch):
+    _, vlm = opened()
     frames = film(3)
     as_film, as_pictures = (vlm.preprocess([[turn("user", *seen, "?")]]) for seen in ([frames], frames))
     assert torch.equal(as_film.pixel_values_videos, as_pictures.pixel_values)
@@ -298,8 +252,8 @@ def test_frames_are_seen_as_pictures_are_but_by_another_tower(checkpoints, monke
 
 
 @given(st.integers(1, 64))
-def test_every_film_is_as_many_tokens_as_theirs(checkpoints, num_frames):
-    checkpoint, vlm = checkpoints()
+def test_every_film_is_as_many_tokens_as_theirs(num_frames):
+    checkpoint, vlm = opened()
     pixels = {"pixel_values_videos": np.zeros((1, num_frames, 3, 40, 40), dtype=np.uint8)}
     theirs = checkpoint.processor.replace_video_token(pixels, 0).count("<video>")
     assert video_llava.num_video_tokens(vlm.model.config, num_frames) == theirs
@@ -309,17 +263,17 @@ def test_every_film_is_as_many_tokens_as_theirs(checkpoints, num_frames):
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
-def test_every_picture_is_as_many_tokens_as_theirs(checkpoints, height, width):
-    checkpoint, vlm = checkpoints()
+def test_every_picture_is_as_many_tokens_as_theirs(height, width):
+    checkpoint, vlm = opened()
     pixels = CLIPImageProcessorPil(size=PREPROCESSOR["size"], crop_size=PREPROCESSOR["crop_size"])
     small = picture(-(-height // 100), -(-width // 100))
     theirs = checkpoint.processor.replace_image_token(pixels(small, return_tensors="np"), 0).count("<image>")
     assert video_llava.num_image_tokens(vlm.model.config) == theirs
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_token_counts_are_what_the_towers_give(checkpoints, name):
-    _, vlm = checkpoints(name)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_token_counts_are_what_the_towers_give(name):
+    _, vlm = opened(name)
     inputs, config = vlm.preprocess([TALKS[5]]), vlm.model.config
     with torch.inference_mode():
         assert len(vlm.model.encode_images(inputs)) == 2 * video_llava.num_image_tokens(config)
@@ -327,16 +281,16 @@ def test_the_token_counts_are_what_the_towers_give(checkpoints, name):
 
 
 @pytest.mark.parametrize("field, told", [("pixel_values", "25 image.* 0"), ("pixel_values_videos", "208 image.* 0")])
-def test_a_placeholder_without_its_picture_or_film_is_an_error(checkpoints, field, told):
-    _, vlm = checkpoints()
+def test_a_placeholder_without_its_picture_or_film_is_an_error(field, told):
+    _, vlm = opened()
     inputs = vlm.preprocess([TALKS[0], TALKS[2]])
     setattr(inputs, field, None)
     with pytest.raises(MinivlmError, match=told):
         vlm.model(inputs)
 
 
-def test_every_parameter_that_is_run_learns(checkpoints):
-    _, vlm = checkpoints()
+def test_every_parameter_that_is_run_learns():
+    _, vlm = opened()
     model, inputs = vlm.model, vlm.preprocess([TALKS[5]])
     try:
         model.requires_grad_(True)

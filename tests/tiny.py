@@ -1,7 +1,7 @@
 """Tiny random checkpoints: a transformers model as the oracle, and the folder of files that a user downloads.
 
-    checkpoint = tiny.make(folder, config, "llama", template, preprocessor)
-    ours, theirs = tiny.load(checkpoint.folder), checkpoint.theirs
+    opened = tiny.opener(make, KINDS)  # make(folder, kind) gives a Checkpoint
+    checkpoint, ours = opened("hub")
 
 `config` is what the hub's config.json of such a model holds, old spellings and gaps included. Every parameter is
 random, norms and biases too: what starts at 0 or 1 would hide that it is not used.
@@ -10,8 +10,10 @@ random, norms and biases too: what starts at 0 or 1 would hide that it is not us
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import tokenizers_tiny
@@ -63,29 +65,52 @@ class Checkpoint:
     folder: Path
     theirs: torch.nn.Module  # float32
     processor: "transformers.ProcessorMixin"  # with its PIL image processor
+    layouts: dict = field(default_factory=lambda: LAYOUTS)
+
+
+def opener(make, kinds):
+    """`opened(kind)` → (checkpoint, ours), made once; without a kind, the first."""
+    room = TemporaryDirectory()
+
+    @cache
+    def opened(kind):
+        checkpoint = make(Path(room.name, kind), kind)
+        return checkpoint, load(checkpoint.folder)
+
+    return lambda kind=None: opened(kind or next(iter(kinds)))
 
 
 def make(folder, config, style, template, preprocessor, seed=0):
-    """A checkpoint in the hub's layout. Ids and the size of the vocabulary come from the tokenizer, TOKENIZERS[style].
+    """A LLaVA in the hub's layout, with the tokenizer TOKENIZERS[style].
 
-    The preprocessor's numbers and `config["vision_config"]` must be of one size; `text_config` needs no vocab_size.
+    The preprocessor's numbers and `config["vision_config"]` must be of one size.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = TOKENIZERS[style]()
-    tokenizers_tiny.save(tokenizer, folder, style, template)
-    ids = {"image_token_index": tokenizer.token_to_id("<image>")}
-    text = config["text_config"] | {"vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
-    config = ids | config | {"text_config": text}
+    config = with_ids(config, tokenizer, "image")
     theirs = build(config, seed)
-    save_tensors(tensors_of(theirs), folder)
-    write_json(folder / "config.json", config)
-    write_json(folder / "preprocessor_config.json", preprocessor)
     # What their processor takes from here, and ours from the model's config.
     vision, strategy = config["vision_config"], "vision_feature_select_strategy"
     class_tokens = int(vision["model_type"] == "clip_vision_model")
     counts = {"patch_size": vision["patch_size"], "num_additional_image_tokens": class_tokens}
-    write_json(folder / "processor_config.json", {**counts, strategy: config.get(strategy, "default")})
+    counts[strategy] = config.get(strategy, "default")
+    write(folder, config, theirs, preprocessor_config=preprocessor, processor_config=counts)
+    tokenizers_tiny.save(tokenizer, folder, style, template)
     return Checkpoint(folder, theirs, transformers.AutoProcessor.from_pretrained(folder, backend="pil"))
+
+
+def with_ids(config, tokenizer, *names):
+    """The config with the ids of the placeholders `names`, and as many words as the tokenizer has, in whole 64s."""
+    ids = {f"{name}_token_index": tokenizer.token_to_id(f"<{name}>") for name in names}
+    text = config["text_config"] | {"vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
+    return ids | config | {"text_config": text}
+
+
+def write(folder, config, theirs, layouts=None, **settings):
+    """What the hub has of a model: config.json, the weights in the first of `layouts`, settings as further JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors_of(theirs, "hub", layouts or LAYOUTS), folder)
+    for name, content in {"config": config, **settings}.items():
+        write_json(folder / f"{name}.json", content)
 
 
 def load(folder):
@@ -112,9 +137,9 @@ def randomise(model, seed=0):
     return model
 
 
-def tensors_of(theirs, layout="hub"):
+def tensors_of(theirs, layout="hub", layouts=LAYOUTS):
     """The parameters under the names of `layout`; tied ones once, under their first name."""
-    return {rename(name, layout): p.detach().contiguous() for name, p in theirs.named_parameters()}
+    return {rename(name, layout, layouts): p.detach().contiguous() for name, p in theirs.named_parameters()}
 
 
 def save_tensors(tensors, folder, shards=1):
@@ -129,26 +154,37 @@ def save_tensors(tensors, folder, shards=1):
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
 
 
-def rename(name, layout):
-    for pattern, replacement in LAYOUTS[layout]:
+def rename(name, layout, layouts=LAYOUTS):
+    for pattern, replacement in layouts[layout]:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-# Every way in which a folder may lie on somebody's disk: a layout, perhaps in shards, or what transformers 5 writes.
-FOLDERS = (*LAYOUTS, "hub in 3", "v5 in 2", "save_pretrained")
+# How a folder may lie on somebody's disk, besides in one file of each layout: in shards, or as transformers 5 writes.
+OTHER_FOLDERS = ("hub in 3", "4.52 in 2", "save_pretrained")
 
 
 def in_layout(checkpoint, layout, folder):
-    """The same checkpoint as one of FOLDERS."""
+    """The same checkpoint in one of its layouts, or as one of OTHER_FOLDERS."""
     if layout == "save_pretrained":
         checkpoint.theirs.save_pretrained(folder)
         checkpoint.processor.save_pretrained(folder)
         return folder
     variant(checkpoint.folder, folder, drop=["*.safetensors"])
     layout, _, shards = layout.partition(" in ")
-    save_tensors(tensors_of(checkpoint.theirs, layout), folder, int(shards or 1))
+    save_tensors(tensors_of(checkpoint.theirs, layout, checkpoint.layouts), folder, int(shards or 1))
     return folder
+
+
+def copy_settings(source, folder):
+    """All but the model, for the processors that do not save themselves here."""
+    ignored = shutil.ignore_patterns("config.json", "*.safetensors")
+    shutil.copytree(source, folder, ignore=ignored, dirs_exist_ok=True)
+
+
+def reload(folder):
+    """What transformers makes of a folder."""
+    return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def variant(source, folder, config=None, drop=()):
@@ -201,9 +237,21 @@ def their_inputs(processor, conversations):
     pictures = media(conversations, "image")
     bos = processor.tokenizer.bos_token
     add_bos = bos is None or not texts[0].startswith(bos)
-    return processor(
-        text=texts, images=pictures or None, padding=True, return_tensors="pt", add_special_tokens=add_bos
-    )
+    return processor(text=texts, images=pictures or None, padding=True, return_tensors="pt", add_special_tokens=add_bos)
+
+
+class Frames:
+    """Stands in for a video processor, which needs torchvision: every frame through an image processor.
+
+    Theirs differs by up to two grey levels of 255, because it does not resize with Pillow: see the fixtures.
+    """
+
+    def __init__(self, images, **options):
+        self.images, self.options = images, options
+
+    def __call__(self, videos, **_):
+        films = [self.images(list(film), return_tensors="np", **self.options)["pixel_values"] for film in videos]
+        return {"pixel_values_videos": torch.tensor(np.stack(films))}  # (films, frames, 3, height, width)
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------

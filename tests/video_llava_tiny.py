@@ -1,15 +1,10 @@
 """Tiny Video-LLaVA checkpoints with their oracle, and films for them."""
 
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import numpy as np
 import tiny
 import tokenizers_tiny
-import torch
 import transformers
-from tiny import load, media
+from tiny import film, media, picture, turn
 from tokenizers import AddedToken, Tokenizer
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 from transformers.models.video_llava.processing_video_llava import VideoLlavaProcessor
@@ -29,7 +24,7 @@ PREPROCESSOR = {
     "image_processor_type": "VideoLlavaImageProcessor", "processor_class": "VideoLlavaProcessor",
     "rescale_factor": 1 / 255, "size": {"shortest_edge": 40},
 }  # fmt: skip
-CONFIGS = {  # what files of this kind may vary
+KINDS = {  # what files of this kind may vary
     "hub": {},
     "several layers": {"vision_feature_layer": [-3, -2, 1]},
     "last layer, pictures with the class token": {
@@ -51,65 +46,50 @@ TEMPLATE = (
 )  # fmt: skip
 
 
-class Frames:
-    """Stands in for their video processor, which needs torchvision: every frame goes through their image processor.
-
-    That is what transformers itself did before it had video processors. Today's differ by up to two grey levels of 255,
-    because they do not resize with Pillow: fixtures/video_llava_videos/.
-    """
-
-    def __init__(self, images):
-        self.images = images
-
-    def __call__(self, videos, **_):
-        films = [self.images(list(film), return_legacy_image_output=False)["pixel_values"] for film in videos]
-        return {"pixel_values_videos": torch.tensor(np.stack(films))}  # (films, frames, 3, height, width)
-
-
 class TheirProcessor(VideoLlavaProcessor):
     """Theirs, which by itself would import torchvision only to see that it is given its own classes."""
 
     def check_argument_for_proper_class(self, *_):
         pass
 
+    def save_pretrained(self, folder):
+        tiny.copy_settings(self.tokenizer.name_or_path, folder)
 
-def make(folder, config, preprocessor=PREPROCESSOR):
+
+def make(folder, kind):
     """A checkpoint in the hub's layout, and its oracle."""
-    folder.mkdir(parents=True)
     tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<image>", "<video>", "<pad>")])
-    tokenizers_tiny.save(tokenizer, folder, "llama", TEMPLATE)
-    ids = {f"{kind}_token_index": tokenizer.token_to_id(f"<{kind}>") for kind in ("image", "video")}
-    text = config["text_config"] | {"vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
-    config = ids | config | {"text_config": text}
+    config = tiny.with_ids(CONFIG | KINDS[kind], tokenizer, "image", "video")
     theirs = tiny.build(config)
-    tiny.save_tensors(tiny.tensors_of(theirs), folder)
-    tiny.write_json(folder / "config.json", config)
-    tiny.write_json(folder / "preprocessor_config.json", preprocessor)
-    images = VideoLlavaImageProcessor(**{key: preprocessor[key] for key in ("size", "crop_size")})
+    tiny.write(folder, config, theirs, preprocessor_config=PREPROCESSOR)
+    tokenizers_tiny.save(tokenizer, folder, "llama", TEMPLATE)
+    images = VideoLlavaImageProcessor(size=PREPROCESSOR["size"], crop_size=PREPROCESSOR["crop_size"])
+    frames = tiny.Frames(images, return_legacy_image_output=False)
     processor = TheirProcessor(
-        images, Frames(images), transformers.PreTrainedTokenizerFast.from_pretrained(folder),
+        images, frames, transformers.PreTrainedTokenizerFast.from_pretrained(folder),
         patch_size=config["vision_config"]["patch_size"], chat_template=TEMPLATE,
         vision_feature_select_strategy=config["vision_feature_select_strategy"],
     )  # fmt: skip
     return tiny.Checkpoint(folder, theirs, processor)
 
 
-_ROOM = TemporaryDirectory()
-
-
-def opened(name="hub"):
-    """(checkpoint, ours) of one of CONFIGS."""
-    return _opened(name)
-
-
-@cache
-def _opened(name):
-    checkpoint = make(Path(_ROOM.name, name), CONFIG | CONFIGS[name])
-    return checkpoint, load(checkpoint.folder)
+opened = tiny.opener(make, KINDS)
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------
+
+TALKS = [
+    [turn("user", picture(47, 91), "What is this?")],
+    [turn("user", "Hello! Nothing to see here.")],
+    [turn("user", film(8), "What moves?")],
+    [turn("user", picture(40, 40, 1), picture(9, 77, 2), "Compare both."), turn("assistant", "The left one."),
+     turn("user", "And now?", picture(200, 41, 3))],
+    [turn("user", film(8, seed=1), film(8, 20, 15, seed=2), "Which is longer?")],
+    [turn("user", film(8, seed=3), "What is in ", picture(33, 57), "and in the film?"), turn("assistant", "A star."),
+     turn("user", "And in this one?", picture(41, 39))],
+]  # fmt: skip
+MORE = [[turn("user", film(3), picture(40, 40), film(1, 40, 40), "Compare.")]]  # than their processor can take
 
 
 def their_inputs(processor, conversations):
