@@ -10,6 +10,7 @@ Animated GIF, WebP and PNG are Pillow's. Does no sampling (videos.py), hears no 
 square as they are stored, as the reference does.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -65,7 +66,7 @@ def open_film(file: BinaryIO, name: str, head: bytes, decode_all: bool = False) 
     goes, with a note on stderr.
     """
     if head.startswith((b"GIF8", b"\x89PNG")) or head[8:12] == b"WEBP":
-        return _open_animation(file, name)
+        return _open_animation(file, name, head)
     try:
         with _container(file) as container:
             places = _list_packets(container, _stream(container, name), name, decode_all)
@@ -294,13 +295,17 @@ def watched(items: Iterator, what: str, total: int | None = None) -> Iterator:
 # ---- animated pictures
 
 
-def _open_animation(file: BinaryIO, name: str) -> Reel:
+def _open_animation(file: BinaryIO, name: str, head: bytes) -> Reel:
     try:
-        image = Image.open(file, formats=("GIF", "WEBP", "PNG"))
-        ends = [0]  # milliseconds
-        for frame in ImageSequence.Iterator(image):
-            frame.load()  # a WebP's duration is known only then
-            ends.append(ends[-1] + (frame.info.get("duration", 0) or STILL_MILLISECONDS))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata and of many pixels: what matters is whether frames come
+            image = Image.open(file, formats=("GIF", "WEBP", "PNG"))
+            ends = [0]  # milliseconds
+            for frame in ImageSequence.Iterator(image):
+                frame.load()  # a WebP's duration is known only then
+                ends.append(ends[-1] + (frame.info.get("duration", 0) or STILL_MILLISECONDS))
+    except Image.UnidentifiedImageError as error:
+        raise MinivlmError(f"{name} cannot be opened: it looks like {describe(head)}") from error
     except Exception as error:  # Pillow's decoders raise nearly any exception on a damaged file
         raise MinivlmError(f"{name} is damaged or cut off: {one_line(error) or type(error).__name__}") from error
     if image.format == "PNG" and len(ends) == 2:

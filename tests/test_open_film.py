@@ -2,12 +2,13 @@
 
 import gc
 import io
+import zlib
 
 import av
 import numpy as np
 import pytest
 from films import decode, picture, remux, write_film, write_sound
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -60,6 +61,10 @@ KINDS = [
     open_gop=st.booleans(),
     wanted=st.sets(st.integers(0, 39), min_size=1, max_size=6),
 )
+# Frames that are shown in another order than they are stored, keyframes side by side, frames stored behind a keyframe:
+@example(kind=("libx264", ".avi"), num_frames=20, rate=25, gop=9, b_frames=2, open_gop=False, wanted={1, 2, 3})
+@example(kind=("libx264", ".avi"), num_frames=20, rate=25, gop=3, b_frames=0, open_gop=False, wanted={5, 9})
+@example(kind=("mpeg2video", ".ts"), num_frames=20, rate=25, gop=6, b_frames=2, open_gop=True, wanted={2, 3, 5})
 def test_taken_frames_are_those_of_a_full_decode(
     tmp_path_factory, kind, num_frames, rate, gop, b_frames, open_gop, wanted
 ):
@@ -116,6 +121,39 @@ def test_frames_that_were_taken_leave_the_memory_without_a_search(tmp_path, deco
     finally:
         gc.enable()
     assert left <= 1
+
+
+def test_frames_of_one_time_are_told_apart(tmp_path):
+    """The fourth says that it is shown when the third is."""
+    path = tmp_path / "film.mkv"
+    with av.open(str(write_film(tmp_path / "whole.mkv", 8, gop=1))) as whole, av.open(str(path), "w") as film:
+        copy, earlier = film.add_stream_from_template(whole.streams.video[0]), 0
+        for number, packet in enumerate(packet for packet in whole.demux(video=0) if packet.size):
+            packet.pts = packet.dts = earlier if number == 3 else packet.pts
+            earlier, packet.stream = packet.pts, copy
+            film.mux(packet)
+    theirs, reel = decode(path), open_path(path)
+    assert reel.times == pytest.approx([number / 25 for number in range(8)])
+    assert np.array_equal(taken(reel, [3]), theirs[[3]])
+
+
+class CountingFile(io.BytesIO):
+    num_bytes = 0
+
+    def read(self, *size):
+        data = super().read(*size)
+        self.num_bytes += len(data)
+        return data
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_late_frame_is_jumped_to(tmp_path, suffix):
+    data = write_film(tmp_path / f"film{suffix}", 2000, "ffv1").read_bytes()
+    file = CountingFile(data)
+    reel = open_film(file, "film", data[:512])
+    file.num_bytes = 0
+    list(reel.take([1990]))
+    assert 0 < file.num_bytes < len(data) / 2
 
 
 class CountingDecoder:
@@ -316,7 +354,8 @@ def test_damage_in_the_middle_is_told(tmp_path, capsys):
     data[third : third + 400] = bytes(400)
     path.write_bytes(data)
     reel = open_path(path, decode_all=True)
-    assert 0 < len(reel.times) < 60 or "is damaged" in capsys.readouterr().err
+    assert 0 < len(reel.times) < 60
+    assert f"{path.name} is damaged: " in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 # ---- animated pictures
@@ -341,6 +380,60 @@ def test_half_an_animation_is_told(tmp_path, kind):
     frames[0].save(path, save_all=True, append_images=frames[1:])
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "is damaged or cut off" in error_of(path)
+
+
+@given(
+    which=st.integers(0, 2),
+    changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 40), st.binary(max_size=20)), min_size=1, max_size=4),
+)
+@pytest.mark.filterwarnings("error")  # Pillow warns of what it finds odd; the user is told by a film or by one line
+def test_any_damaged_animation_is_a_film_or_one_line(small_animations, which, changes):
+    data = small_animations[which]
+    for place, cut, new in changes:
+        at = int(place * len(data))
+        data = data[:at] + new + data[at + cut :]
+    try:
+        film = open_video(data, {}, FilmRule())
+        assert film.frames and film.indices[-1] < film.num_source_frames
+    except MinivlmError as error:
+        assert str(error).isprintable()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_animation_that_pillow_warns_of_is_told_in_one_line(small_animations):
+    (ten, none) = (b"acTL" + number.to_bytes(4, "big") + bytes(4) for number in (10, 0))  # frames
+    ten, none = (chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in (ten, none))
+    assert ten in small_animations[2]
+    with pytest.raises(MinivlmError, match="is a picture, not a film"):
+        open_video(small_animations[2].replace(ten, none), {}, FilmRule())
+    with pytest.raises(MinivlmError, match="it looks like a damaged PNG picture"):
+        open_video(small_animations[2].replace(b"IHDR", b"JHDR"), {}, FilmRule())
+
+
+@pytest.fixture(scope="module")
+def small_animations():
+    frames = [Image.fromarray(picture(number)) for number in range(10)]
+    files = [io.BytesIO() for _ in range(3)]
+    for file, kind in zip(files, ("gif", "webp", "png"), strict=True):
+        frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    return [file.getvalue() for file in files]
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_frames_of_an_animation_that_are_taken_alone_are_those_of_the_whole(tmp_path, kind):
+    """Each is stored as what changes from the one before."""
+    whole = Image.new("RGB", (64, 48))
+    frames = []
+    for number in range(9):
+        whole.paste((20 * number, 200, 90), (number * 6, 10, number * 6 + 9, 30))
+        frames.append(whole.copy())
+    path = tmp_path / f"film.{kind}"
+    options = {"lossless": True} if kind == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    for indices in ([8], [3, 7], [0, 1, 2]):
+        (ours, theirs) = (list(open_path(path).take(numbers)) for numbers in (indices, range(9)))
+        for index, frame in zip(indices, ours, strict=True):
+            assert frame.convert("RGB").tobytes() == theirs[index].convert("RGB").tobytes() == frames[index].tobytes()
 
 
 def test_a_picture_is_not_a_film(tmp_path):
