@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from onevision_tiny import KINDS, PINPOINTS, PIXELS, STORED, TALKS, TheirProcessor, opened, their_inputs
-from tiny import close, film, load, our_logits, picture, their_embeddings, their_logits, turn
+from tiny import close, film, load, our_logits, picture, their_answers, their_embeddings, their_logits, turn
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from minivlm import Prompt
@@ -80,7 +80,7 @@ MEAN, STD = (torch.tensor(PIXELS[f"image_{name}"])[:, None, None] for name in ("
 
 @pytest.mark.parametrize("name", STORED)
 def test_films_equal_transformers_own_video_processor(name):
-    """Ids to the last one; pixels to two grey levels, because theirs does not resize with Pillow."""
+    """Ids to the last one, logits, 16 greedy tokens; pixels to two grey levels: theirs does not resize with Pillow."""
     checkpoint, vlm = opened()
     ours = vlm.preprocess(STORED[name])
     assert torch.equal(ours.input_ids, torch.from_numpy(FIXTURE[f"{name}.ids"]).long())
@@ -89,6 +89,9 @@ def test_films_equal_transformers_own_video_processor(name):
     assert apart.max() <= (0 if name in ("8 frames", "batch") else 2)
     theirs = their_inputs(checkpoint.processor, STORED[name])
     assert close(our_logits(vlm, ours), their_logits(checkpoint.theirs, theirs))
+    pad_id = vlm.processor.tokenizer.pad_id
+    answers = tiny.their_answers(checkpoint.theirs, theirs, vlm.eos_ids, pad_id, max_new_tokens=16)
+    assert [result.token_ids for result in vlm.generate(STORED[name], max_new_tokens=16)] == answers
 
 
 def test_a_film_of_other_frames_is_not_equal():
