@@ -90,7 +90,7 @@ def test_films_equal_transformers_own_video_processor(name):
     theirs = their_inputs(checkpoint.processor, STORED[name])
     assert close(our_logits(vlm, ours), their_logits(checkpoint.theirs, theirs))
     pad_id = vlm.processor.tokenizer.pad_id
-    answers = tiny.their_answers(checkpoint.theirs, theirs, vlm.eos_ids, pad_id, max_new_tokens=16)
+    answers = their_answers(checkpoint.theirs, theirs, vlm.eos_ids, pad_id, max_new_tokens=16)
     assert [result.token_ids for result in vlm.generate(STORED[name], max_new_tokens=16)] == answers
 
 
