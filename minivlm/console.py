@@ -33,6 +33,7 @@ def explain(error: Exception) -> str:
     """One line. What is not a MinivlmError is a lack of memory, or a bug."""
     if isinstance(error, MinivlmError):
         return one_line(error, limit=2000)  # a strict load may name many tensors
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "CPUAllocator" in str(error):
+        # the last two are torch's, on a GPU and on a CPU, without importing torch
         return "out of memory: --dry-run shows what is needed; try --dtype bfloat16, fewer pictures, or --device cpu"
     return f"unexpected {type(error).__name__}: {one_line(error)} (please report it, with what --debug prints)"

@@ -21,6 +21,8 @@ from minivlm.inputs import Inputs
 from minivlm.sampling import Sampling, draw, keep_likely, penalise, prompt_words
 from minivlm.text import Tokenizer
 
+ROOM = 4096  # tokens of an answer that the cache has room for from the start; a longer one doubles it
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -207,7 +209,7 @@ class _Run:
     def _prefill(self) -> tuple[KVCache, Tensor, Tensor | None]:
         """The cache, the last position's logits (B, V), and the words (B, S) that a penalty is for, if there is one."""
         ids, room = self.inputs.input_ids, self.sampling.max_new_tokens
-        cache = self.model.new_cache(ids.shape[1] + room)
+        cache = self.model.new_cache(ids.shape[1] + min(room, ROOM))
         logits = self.model(self.inputs, cache, last_only=True)[:, -1]
         if self.sampling.repetition_penalty == 1:
             return cache, logits, None

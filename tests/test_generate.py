@@ -212,6 +212,17 @@ def test_prompt_is_computed_once_and_no_token_in_vain():
     assert [len(ids) for ids in model.fed] == [12] * 5  # the first token comes from the prompt, the last is not fed
 
 
+@pytest.mark.parametrize("sampling", [{}, {"num_beams": 3}], ids=str)
+def test_a_limit_far_away_takes_no_memory_and_a_full_cache_grows(sampling, monkeypatch):
+    model, inputs, rooms = TinyModel(tiny_llama(2)), prompts(2), []
+    new_cache = model.new_cache
+    model.new_cache = lambda capacity: rooms.append(capacity) or new_cache(capacity)
+    expected = token_ids(answer(model, inputs, eos=(), max_new_tokens=12, **sampling))
+    monkeypatch.setattr("minivlm.generate.ROOM", 2)
+    assert token_ids(answer(model, inputs, eos=(), max_new_tokens=12, **sampling)) == expected
+    assert rooms == [9 + 12, 9 + 2]
+
+
 def test_a_model_that_has_answered_can_be_trained():
     """What a model keeps from its first answer (rotary frequencies) must not be inference tensors."""
     model, inputs = TinyModel(tiny_llama(0)), prompts(0)

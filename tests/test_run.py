@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fake_vlm import FakeVLM
 from films import write_film
 
@@ -267,6 +268,9 @@ def test_ctrl_c_ends_with_1_and_no_traceback(command):
 
 def test_out_of_memory_says_what_to_try():
     assert "--dry-run" in explain(MemoryError())
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60)
+    assert "--dry-run" in explain(raised.value)
     assert explain(MinivlmError("two\nlines")) == "two lines"
 
 
