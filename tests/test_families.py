@@ -29,6 +29,18 @@ STORED = [  # of each family one with a head of its own and one without; Mllama'
     ("llava_next", "qwen with a window"), ("llava_onevision", "0.5b"), ("llava_onevision", "7b"),
     ("qwen2_vl", "untied"), ("qwen2_vl", "tied"), ("mllama", "hub"),
 ]  # fmt: skip
+HARMED = {  # some of each family's tensors, by transformers' names
+    "llava": ("lm_head.weight", "model.multi_modal_projector.linear_2.bias", "model.language_model.norm.weight"),
+    "video_llava": ("model.image_tower.embeddings.class_embedding", "model.video_tower.encoder.layers.3.mlp.fc2.bias"),
+    "llava_next": ("model.image_newline", "model.vision_tower.pre_layrnorm.weight"),
+    "llava_onevision": ("model.image_newline", "model.vision_tower.encoder.layers.3.mlp.fc2.bias"),
+    "qwen2_vl": ("model.visual.patch_embed.proj.weight", "model.language_model.norm.weight"),
+    "mllama": (
+        "model.vision_model.class_embedding", "model.vision_model.gated_positional_embedding.gate",
+        "model.vision_model.global_transformer.layers.1.gate_ffn", "model.multi_modal_projector.bias", "lm_head.weight",
+        "model.language_model.layers.1.cross_attn.q_norm.weight", "model.language_model.layers.3.cross_attn_mlp_gate",
+    ),
+}  # fmt: skip
 LAYOUTS = {family: qwen2_vl_tiny.LAYOUTS if family == "qwen2_vl" else tiny.LAYOUTS for family in FAMILIES}
 
 
@@ -104,6 +116,24 @@ def test_transformers_reads_what_we_save(tmp_path, family, kind):
     assert close(their_logits(again, inputs), their_logits(checkpoint.theirs, inputs), atol=1e-6)
     ours = vlm.preprocess(talks)
     assert torch.equal(our_logits(load(tmp_path / "saved"), ours), our_logits(vlm, ours))
+
+
+@pytest.mark.parametrize("layout", ["hub", "4.52"])
+@pytest.mark.parametrize("family, name", [(family, name) for family, names in HARMED.items() for name in names])
+def test_a_tensor_that_is_missing_misshapen_or_too_many_is_named(tmp_path, family, name, layout):
+    """In full where it is spelled as the hub spells it. A layer more than the config says is too many, too."""
+    checkpoint, _ = FAMILIES[family].opened()
+    folder = tiny.variant(checkpoint.folder, tmp_path / "damaged", drop=["*.safetensors"])
+    tensors = tiny.tensors_of(checkpoint.theirs, layout, checkpoint.layouts)
+    harmed = tensors.pop(name := tiny.rename(name, layout, checkpoint.layouts))
+    more = name.replace("layers.3.", "layers.4.") if "layers.3." in name else name + "s"
+    for damage in ({}, {name: harmed[:0].clone()}, {name: harmed, more: harmed.clone()}):
+        tiny.save_tensors(tensors | damage, folder)
+        told = more if more in damage else name
+        tail = ".".join(told.removeprefix("model.").split(".")[-2:])
+        with pytest.raises(MinivlmError, match=told if layout == "hub" else tail) as error:
+            load(folder)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
