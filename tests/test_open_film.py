@@ -236,7 +236,7 @@ def test_a_rate_that_the_frames_contradict_is_not_believed():
 def test_films_are_turned_upright(tmp_path, rotation, corner):
     """Rotation is counterclockwise; the corner that was at the top left is red."""
     reel = open_path(write_film(tmp_path / "film.mp4", 3, rotation=rotation))
-    (frame,) = reel.take([1])
+    _, frame = reel.take([0, 2])  # the first one says it for all
     assert frame.size == ((64, 48) if rotation % 180 == 0 else (48, 64))
     frame = np.asarray(frame).astype(int)
     reds = {(y, x): frame[y, x, 0] - frame[y, x, 1] > 100 for y in (0, -1) for x in (0, -1)}
