@@ -167,9 +167,11 @@ class Processor(BaseProcessor):
     def see(self, rows: list[Row], images: ImageConfig) -> dict[str, Tensor]:
         c, tensors = self.config, {}
         rule = FilmRule(num_frames=NUM_FRAMES, spacing=c.frame_spacing)
+        bare = replace(images, do_pad=False)  # frames are shown as pictures are, but never padded to a square
         films = []  # (frames, 3, 224, 224) each
         for row in rows:
-            own = [self.look_at_film(open_video(film, options, rule).frames, images) for film, options in row.films]
+            shown = (open_video(film, options, rule).frames for film, options in row.films)
+            own = [self.look(frames, bare, "bilinear") for frames in shown]
             counts = [num_image_tokens(c)] * len(row.pictures)
             film_counts = [num_video_tokens(c, len(film)) for film in own]
             expand(row, {c.llava.image_token_id: counts, c.video_token_id: film_counts})
@@ -184,16 +186,9 @@ class Processor(BaseProcessor):
                 note_once(f"Video-LLaVA learned from films of {NUM_FRAMES} frames; of others it may understand less")
         return tensors
 
-    def look_at_film(self, frames: list[Image.Image], images: ImageConfig) -> Tensor:
-        """Frames are shown as pictures are, but never padded to a square.
-
-        Pillow resizes them; transformers' processor for films resizes with torchvision, which differs by up to two grey
-        levels.
-        """
-        return self.look(frames, replace(images, do_pad=False), "bilinear")
-
     def look(self, pictures: list[Image.Image], images: ImageConfig, original_filter: str) -> Tensor:
-        """→ `(I, 3, height, width)`. In a picture of 1 or 3 rows, transformers takes these for colours; we do not."""
+        """→ `(I, 3, height, width)`. In a picture of 1 or 3 rows, transformers takes these for colours; we do not. It
+        resizes frames with torchvision, which differs from Pillow by up to two grey levels."""
         if self.config.antialias:
             pixels = [to_pixels(picture, images) for picture in pictures]
         else:
