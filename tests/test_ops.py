@@ -229,6 +229,12 @@ def test_a_folder_nobody_may_write_is_a_reason_and_not_a_crash(tmp_path, monkeyp
         build._build("minivlm")
 
 
+def test_a_user_without_a_home_gets_the_references():
+    nobody = "import os, pwd; del os.environ['HOME']; pwd.getpwuid = lambda _: {}['nobody']; "
+    out, err = run(nobody + USE, TORCH_EXTENSIONS_DIR="")
+    assert out == "8.0\n" and err.count("\n") == 1 and "set TORCH_EXTENSIONS_DIR" in err
+
+
 def test_builds_of_other_sources_or_compilers_live_in_other_folders(tmp_path, monkeypatch):
     before = build.folder("minivlm")
     monkeypatch.setenv("CXX", "/usr/bin/env")

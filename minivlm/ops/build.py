@@ -38,9 +38,10 @@ def find(library: str) -> Path | None:
     """The compiled library, if it is there: the one that setup.py left beside this file, or an earlier build's."""
     if CSRC is None:
         return next(iter(_HERE.glob("_kernels_*.so")), None) if library == "minivlm" else None
-    ahead = _HERE.glob(f"{ahead_of_time_name()}*.so") if library == "minivlm" else []
+    for ahead in _HERE.glob(f"{ahead_of_time_name()}*.so") if library == "minivlm" else []:
+        return ahead
     built = folder(library) / f"{library}.so"
-    return next(iter(ahead), built if built.is_file() else None)
+    return built if built.is_file() else None
 
 
 def with_cuda() -> bool:
@@ -93,7 +94,10 @@ def flags(library: str, native: bool) -> list[str]:
 
 def folder(library: str) -> Path:
     """Where builds of exactly these sources for exactly this torch, toolkit and processor live."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    try:
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    except RuntimeError as error:  # a container may run as a user that it has no entry for
+        raise Unavailable("this user has no home folder to build in: set TORCH_EXTENSIONS_DIR") from error
     parts = [_sources_hash(library), torch.__version__, compiler() or "", _processor(), *flags(library, native=True)]
     if with_cuda():
         parts += [str(torch.version.cuda), architectures()]
