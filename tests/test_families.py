@@ -23,7 +23,7 @@ FAMILIES = {
 }  # fmt: skip
 MORE = {"video_llava": video_llava_tiny.MORE, "llava_onevision": onevision_tiny.MORE}  # that only we can take
 KINDS = [(family, kind) for family, tested in FAMILIES.items() for kind in tested.KINDS]
-STORED = [  # of each family one with a head of its own and one without; Mllama's is never the table
+STORED = [  # of each family one with a head of its own, and one without where there is such
     ("llava", "hub"), ("llava", "grouped heads, tied"), ("video_llava", "hub"),
     ("video_llava", "no bias, relu, grouped heads, tied"), ("llava_next", "mistral"),
     ("llava_next", "qwen with a window"), ("llava_onevision", "0.5b"), ("llava_onevision", "7b"),
