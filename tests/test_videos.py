@@ -216,6 +216,7 @@ def test_frames_are_sampled_only_where_that_is_asked_for():
     assert open_video(ARRAY, {"num_frames": 3}, EIGHT).indices == [0, 4, 8]
     ours = open_video(ARRAY, {"fps": 2}, EIGHT)  # as Qwen's messages: how fast the frames follow each other
     assert ours.indices == list(range(12)) and ours.fps == 2 and ours.seconds[:3] == [0, 0.5, 1]
+    assert len(open_video(ARRAY[:12], {"fps": 0.7}, EIGHT).frames) == 12  # and not int(12 / 0.7 * 0.7), 11
     assert open_video(ARRAY, {"fps": 2, "video_start": 1, "video_end": 2}, EIGHT).indices == [2, 3, 4]
 
 
