@@ -1,5 +1,7 @@
 """How answers end and what of their text is shown, on models that follow a script."""
 
+import math
+
 import pytest
 import tokenizers
 import torch
@@ -165,6 +167,28 @@ def test_only_the_k_best_candidates_may_end():
     assert beams.ended == [(-1.5, [3, 9])]
     assert [(beam.total, beam.parent, beam.token_ids) for beam in beams.alive] == [(-2.0, 1, [4, 5]), (-4.0, 0, [3, 6])]
     assert beams.open
+
+
+def test_beams_that_go_on_are_found_behind_many_that_end():
+    """Of the second step's five best, [1, 3] [2, 8] [1, 8] [1, 9] [1, 4], three end: the second beam to go on is the
+    fifth, and becomes the answer."""
+    likely = {0: {1: 0.6, 2: 0.4}, 1: {3: 0.34, 8: 0.23, 9: 0.225, 4: 0.205}, 2: {8: 0.5, 9: 0.3, 5: 0.2}, 4: {8: 1.0}}
+
+    class Table(Script):
+        def decode(self, ids, cache):  # noqa: ARG002
+            logits = torch.full((len(ids), 10), -20.0)
+            for row, last in enumerate(ids[:, 0].tolist()):
+                for token, chance in likely.get(last, dict.fromkeys(range(8), 0.125)).items():
+                    logits[row, token] = math.log(chance)
+            return logits
+
+        def forward(self, inputs, cache, last_only):
+            super().forward(inputs, cache, last_only)
+            return self.decode(torch.zeros(1, 1).long(), cache)[:, None]
+
+    sampling = Sampling(max_new_tokens=3, num_beams=2)
+    (only,) = generate(Table([[]], 10), prompt(1), sampling, Words(*"0123456789"), (8, 9), 0)
+    assert only.token_ids == [1, 4, 8]
 
 
 def test_beams_stop_at_strings():
