@@ -176,6 +176,8 @@ def test_without_a_compiler_the_reference_runs_and_one_line_says_so(tmp_path):
     assert out == "8.0\n" and err.count("\n") == 1 and "no C++ compiler" in err
     assert "no C++ compiler" in run(FORCE, **nowhere)[0]
     assert run(USE, **nowhere, MINIVLM_KERNELS="reference") == ("8.0\n", "")  # asked for, so nothing to say
+    asked = USE.replace("; print", "\ntry: print") + "\nexcept Exception as error: print(error)"
+    assert "no C++ compiler" in run(asked, **nowhere, MINIVLM_KERNELS="fused")[0]  # and not the reference in silence
 
 
 def test_without_ninja_the_reference_runs_and_one_line_says_so(tmp_path):
