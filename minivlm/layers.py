@@ -4,6 +4,8 @@ Parameter names are the checkpoints' (`gate_proj`, `fc1`, `linear_1`), so that a
 Nothing is initialised: weights come from a checkpoint, or from `train.initialise`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,8 +33,11 @@ ACTIVATIONS = {
 }
 
 
-# What oneDNN computes within a packed product, under its names. (Its "swish" would do for silu, and saves nothing.)
-FUSED = {None: ("none", ""), F.gelu: ("gelu", "none"), gelu_tanh: ("gelu", "tanh")}
+# What oneDNN computes within a packed product, in its words. (Its "swish" would do for silu, and saves nothing.)
+FUSED = {None: ("none", [], ""), F.gelu: ("gelu", [], "none"), gelu_tanh: ("gelu", [], "tanh")}
+# Beyond some 600 rows, oneDNN shares out a small packed product badly between two threads and loses a third of its
+# speed; in pieces it keeps it. Larger ones are best left whole.
+SMALL_WEIGHT, SMALL_PIECE = 2**21, 384  # elements, rows
 
 
 def activation(name: str):
@@ -40,6 +45,14 @@ def activation(name: str):
     if name not in ACTIVATIONS:
         raise MinivlmError(f"config.json asks for the activation {name!r}; known here: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, num_rows: int) -> Tensor:
+    """`function(x)` of `x (..., width)`, computed for `num_rows` rows at a time."""
+    if x.numel() <= num_rows * x.shape[-1]:
+        return function(x)
+    pieces = x.flatten(0, -2).split(num_rows)
+    return torch.cat([function(piece) for piece in pieces]).unflatten(0, x.shape[:-1])
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
@@ -69,8 +82,11 @@ class Linear(nn.Module):
             return y if act is None else act(y)
         if act not in FUSED:
             return act(self(x))
-        name, algorithm = FUSED[act]
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+
+        def product(x: Tensor) -> Tensor:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *FUSED[act])
+
+        return in_pieces(product, x, SMALL_PIECE) if self.packed.numel() <= SMALL_WEIGHT else product(x)
 
     def pack(self):
         """Swaps the weight for its packed form where that pays (bf16 on a CPU with oneDNN); elsewhere does nothing."""
@@ -162,13 +178,12 @@ class MLP(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        if self.fc1.packed is None or len(rows) <= MLP_ROWS:
+        def mlp(x: Tensor) -> Tensor:
             return self.fc2(self.fc1(x, self.act))
+
         # Inference on a CPU. What is between the products is several times as wide as x; for large pictures the system
         # would give and take hundreds of megabytes in every layer. A piece's stay with the process.
-        pieces = [self.fc2(self.fc1(piece, self.act)) for piece in rows.split(MLP_ROWS)]
-        return torch.cat(pieces).view(x.shape)
+        return mlp(x) if self.fc1.packed is None else in_pieces(mlp, x, MLP_ROWS)
 
 
 class Projector(nn.Module):

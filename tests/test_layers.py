@@ -31,10 +31,10 @@ needs_bf16 = pytest.mark.skipif(not can_pack(noise(1, 1, dtype=torch.bfloat16)),
 
 @needs_bf16
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5), (1,)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5), (1,), (2, 401)], ids=str)
 @pytest.mark.parametrize("sizes", [(64, 96), (24, 7), (33, 65)], ids=str)
 def test_a_packed_linear_gives_the_numbers_of_the_plain_one(bias, shape, sizes):
-    """To one bf16 rounding, in decoding (one row) as in prefill (many)."""
+    """To one bf16 rounding, in decoding (one row) as in prefill (many, or so many that they are taken in pieces)."""
     ours, x = filled(Linear(*sizes, bias), torch.bfloat16), noise(*shape, sizes[0], seed=9, dtype=torch.bfloat16)
     plain = ours(x)
     ours.pack()
