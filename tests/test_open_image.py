@@ -84,7 +84,7 @@ def test_open_image_accepts_relative_paths(png, monkeypatch):
     [
         (None, "not NoneType"),
         (3, "not int"),
-        ("", "directory"),
+        ("", "the name of a picture is empty"),
         ("nowhere/cat.jpg", "nowhere/cat.jpg: no such file"),
         (Path("nowhere.jpg"), "no such file"),
         ("cat\0.jpg", "cat"),
