@@ -65,12 +65,18 @@ def initialise(model: nn.Module, seed: int = 0):
 def next_token_losses(model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each answer token given everything before it `(N,)`, and which of `labels[:, 1:]` those are.
 
-    Labels of −100 do not count: of a few hundred tokens some fifty do, and the others need no softmax.
+    Labels of −100 do not count. Of a conversation's tokens few are the assistant's, and the head is as wide as the
+    vocabulary, so it is asked for those alone.
     """
     wanted = inputs.labels[:, 1:]
     counts = wanted != IGNORED  # (B, T - 1)
-    logits = model(inputs)[:, :-1]  # (B, T - 1, V)
-    return F.cross_entropy(logits[counts], wanted[counts], reduction="none"), counts
+    head = model.language_model.lm_head
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, :-1][counts],))
+    try:
+        logits = model(inputs)  # (N, V)
+    finally:
+        hook.remove()
+    return F.cross_entropy(logits, wanted[counts], reduction="none"), counts
 
 
 def next_token_loss(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -87,11 +93,15 @@ def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
     return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizers(module: nn.Module, weight_decay: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW for all that requires a gradient; with `muon`, Muon for the matrices inside layers and AdamW for the rest.
+def make_optimizers(
+    module: nn.Module, weight_decay: float, muon_decay: float | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all that requires a gradient; with `muon_decay`, Muon for the matrices inside layers, which decay by
+    that, and AdamW for the rest.
 
     A group's learning rate is the schedule's times its `pace`.
     """
+    muon = muon_decay is not None
     if muon and not hasattr(torch.optim, "Muon"):
         raise MinivlmError(f"Muon came with torch 2.9, and this is {torch.__version__}: install a later one")
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -103,7 +113,7 @@ def make_optimizers(module: nn.Module, weight_decay: float, muon: bool) -> list[
     ]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.98))]
     if inner:
-        groups = [{"params": list(inner.values()), "weight_decay": weight_decay, "pace": MUON_PACE}]
+        groups = [{"params": list(inner.values()), "weight_decay": muon_decay, "pace": MUON_PACE}]
         optimizers.append(torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
@@ -118,19 +128,19 @@ def fit(
     autocast: bool = True,
     workers: int = 1,
     name: str = "training",
-    muon: bool = False,
+    muon_decay: float | None = None,
 ):
     """Training over `batches` (item i is the batch of step i), from wherever `state_file` says an earlier call stopped.
 
-    AdamW; with `muon`, the matrices inside layers are updated by Muon (Jordan et al. 2024), which makes every direction
-    of an update equally large. From scratch that is worth several times as many steps; for the fine-tuning of weights
-    that AdamW made, AdamW is what is known to work.
+    AdamW; with `muon_decay`, the matrices inside layers are updated by Muon (Jordan et al. 2024), which makes every
+    direction of an update equally large. From scratch that is worth several times as many steps; for the fine-tuning of
+    weights that AdamW made, AdamW is what is known to work. Muon's weights decay at a rate of their own.
 
     `loss(batch)` returns a scalar. The state (weights, moments, step) is saved every `SAVE_EVERY` steps and at the end,
     atomically. Parameters that require no gradient stay as they are.
     """
     num_steps = len(batches)
-    optimizers = make_optimizers(module, weight_decay, muon)
+    optimizers = make_optimizers(module, weight_decay, muon_decay)
     start = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)

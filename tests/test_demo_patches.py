@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minivlm.demo import DEMO_CHECKPOINT
 from minivlm.demo.draw import CLASS_NAMES, label_map, middles
@@ -15,10 +16,13 @@ from minivlm.demo.patches import (
     SIDE,
     TILE,
     UNREADABLE,
+    WORDS,
     Patches,
     PatchReader,
+    TokenReader,
     covers_of_patches,
     readings_of_patches,
+    words_of_patches,
 )
 from minivlm.demo.scene import COLOURS, LETTERS, LONG_SIDE, SHAPES, draw_scene, letter_page
 from minivlm.models import llava_next
@@ -64,6 +68,19 @@ def test_every_thing_is_read_once_in_either_view(seed):
 
 
 @pytest.mark.parametrize("seed", range(30))
+def test_places_are_read_from_the_overview(seed):
+    """The tiles do not show where on the poster they are."""
+    scene = draw_scene(seed)
+    readings = readings_of_patches(scene)
+    names, places = readings[0, :, QUESTION["thing"]], readings[0, :, QUESTION["place"]]
+    read = {READINGS["place"][p]: READINGS["thing"][n] for n, p in zip(names.tolist(), places.tolist(), strict=True)}
+    expected = {thing.place: f"{thing.colour} {thing.shape}" for thing in scene.things}
+    expected |= {scene.sign.place: "sign"} if scene.sign else {}
+    assert read == {"none": "none"} | expected
+    assert (readings[1:, :, QUESTION["place"]] == UNREADABLE).all()
+
+
+@pytest.mark.parametrize("seed", range(30))
 def test_a_word_is_read_in_order(seed):
     """Line by line over the four tiles put together, left half before right half: the letters of the sign."""
     scene = draw_scene(seed)
@@ -78,7 +95,7 @@ def test_middles_are_inside_what_they_name():
     for seed in range(20):
         scene = draw_scene(seed)
         labels = label_map(scene, 4 * scene.height)
-        for y, x, name in middles(scene):
+        for y, x, name, _ in middles(scene):
             shown = CLASS_NAMES[labels[int(4 * y), int(4 * x)]]
             assert shown in (name, name.partition(" ")[2]) or name == "sign" and shown in LETTERS
 
@@ -102,16 +119,50 @@ def test_a_tower_learns_from_its_patches():
     assert all(p.grad is not None for p in reader.read.parameters())
 
 
-def test_what_the_projector_passes_on_is_read_at_any_loudness():
+def token_reader():
     config = json.loads((DEMO_CHECKPOINT / "config.json").read_text())
     processor = llava_next.Processor.from_folder(DEMO_CHECKPOINT, config)
     model = llava_next.Model.from_config(config)
     initialise(model)
-    projector = model.multi_modal_projector
-    reader = PatchReader(model.vision_tower, config["text_config"]["hidden_size"], projector)
-    batch = Patches(processor.images, 1, 2)[0]
+    words = model.language_model.embed_tokens.weight[: len(WORDS)]
+    return TokenReader(model.vision_tower, model.multi_modal_projector, words), Patches(processor.images, 1, 2)[0]
+
+
+def test_image_tokens_are_read_at_any_loudness():
+    reader, batch = token_reader()
     quiet = reader.loss(batch)
     with torch.no_grad():
-        for parameter in projector.linear_2.parameters():
+        for parameter in reader.projector.linear_2.parameters():
             parameter *= 10
     torch.testing.assert_close(reader.loss(batch), quiet, rtol=1e-4, atol=0)
+
+
+def test_image_tokens_come_to_resemble_their_words():
+    reader, batch = token_reader()
+    reader.tower.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in reader.parameters() if p.requires_grad], lr=3e-3)
+    right = words_of_patches(batch[2]) > 0
+
+    def likeness():
+        with torch.no_grad():
+            scores = F.normalize(reader.features(batch[0]), dim=-1) @ reader.words.T  # (I, P, words)
+        return (scores[right].mean() - scores[~right].mean()).item()
+
+    before = likeness()
+    for _ in range(25):
+        optimizer.zero_grad()
+        reader.loss(batch).backward()
+        optimizer.step()
+    assert likeness() > before + 0.04
+
+
+def test_words_of_patches_are_those_of_their_answers():
+    answers = torch.zeros(1, 3, len(READINGS), dtype=torch.int64)  # the first patch: none of all
+    for name, answer in (("thing", "blue star"), ("size", "small"), ("place", "top left")):
+        answers[0, 1, QUESTION[name]] = READINGS[name].index(answer)
+    answers[0, 2, QUESTION["place"]] = UNREADABLE
+    answers[0, 2, QUESTION["left letter"]] = answers[0, 2, QUESTION["right letter"]] = READINGS["left letter"].index(
+        "O"
+    )
+    said = [{WORDS[i] for i in patch.nonzero().flatten().tolist()} for patch in words_of_patches(answers)[0]]
+    assert said == [set(), {"blue", "star", "small", "top left"}, {"O"}]

@@ -75,7 +75,7 @@ def the(things, noun):
 
 
 def place_of(phrase):
-    name = re.fullmatch(r"(?:at|on|in) the (.*)", phrase)[1]
+    name = re.fullmatch(r"(?:at|on|in) the (.*)", phrase.lower())[1]
     ((row, column),) = [(i, j) for i, row in enumerate(PLACES) for j, place in enumerate(row) if place == name]
     return row, column
 
@@ -129,14 +129,15 @@ def is_found(things, sign, text, answer):
 
 
 def is_true_description(things, sign, answer):
-    said = re.findall(rf"(small|large) ({COLOUR}) ({SHAPE}) ((?:at|on|in) the [a-z]+(?: left| right)?)", answer)
-    told = [(colour, shape, size == "large", *place_of(place)) for size, colour, shape, place in said]
-    board = re.search(r"a sign (.*) that says ([A-Z0-9]+)\.$", answer)
+    spot = r"((?:[Aa]t|[Oo]n|[Ii]n) the (?:(?:top|bottom)(?: left| right)?|left|right|centre))"
+    said = re.findall(rf"{spot} an? (small|large) ({COLOUR}) ({SHAPE})", answer)
+    told = [(colour, shape, size == "large", *place_of(place)) for place, size, colour, shape in said]
+    board = re.search(rf"{spot} a sign that says ([A-Z0-9]+)\.$", answer)
     return (
         told == sorted(things, key=lambda thing: thing[3:])
         and ((board[2], *place_of(board[1])) if board else None) == sign
         and answer.count(" and ") == (len(told) + bool(sign) > 1)
-        and answer[0] == "A"
+        and answer[0] in "AOI"
         and answer[-1] == "."
     )
 

@@ -75,7 +75,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
 
 def test_muon_takes_the_matrices_inside_layers():
     module = nn.ModuleDict({"embed": nn.Embedding(8, 4), "layers": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))})
-    adam, muon = make_optimizers(module, weight_decay=0.1, muon=True)
+    adam, muon = make_optimizers(module, weight_decay=0.1, muon_decay=0.3)
     assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(module["layers"][0].weight)]
     assert sum(len(group["params"]) for group in adam.param_groups) == len(list(module.parameters())) - 1
 
@@ -93,7 +93,7 @@ def test_muon_goes_on_where_it_stopped(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return (module["layers"](batch[0]) - batch[1]).square().mean()
 
-        fit(module, Lines(40), loss, 0.01, state_file, autocast=False, workers=0, muon=True)
+        fit(module, Lines(40), loss, 0.01, state_file, autocast=False, workers=0, muon_decay=0.1)
         return module
 
     straight = learn(tmp_path / "straight.pt")
@@ -106,7 +106,7 @@ def test_muon_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_an_old_torch_has_no_muon(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(MinivlmError, match="torch 2.9"):
-        make_optimizers(nn.Linear(1, 1), 0.1, muon=True)
+        make_optimizers(nn.Linear(1, 1), 0.1, muon_decay=0.1)
 
 
 def test_a_frozen_part_stays(tmp_path):

@@ -48,7 +48,7 @@ def _heart(t):
 _OUTLINES = {  # around (0, 0), about as large as a circle of radius 1
     "square": [(x * 0.73, y * 0.73) for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1))],
     "triangle": [(sin(t) * 1.1, -cos(t) * 1.1 + 0.14) for t in (0, 2 * pi / 3, 4 * pi / 3)],
-    "star": [(sin(i * pi / 5) * r, -cos(i * pi / 5) * r) for i, r in enumerate((1.0, 0.46) * 5)],
+    "star": [(sin(i * pi / 5) * r, -cos(i * pi / 5) * r) for i, r in enumerate((1.08, 0.44) * 5)],
     "heart": [_heart(2 * pi * i / 40) for i in range(40)],
 }
 
@@ -159,13 +159,14 @@ def _draw_sign(paper, draw, sign, scale):
         paper.paste(ink, (round(x * scale), round(y * scale)), mask)
 
 
-def middles(scene: Scene) -> list[tuple[float, float, str]]:
-    """(y, x) in units of the middle of every thing, sign and letter, and its name: "small red star", "sign", "A"."""
-    found = [(thing.y, thing.x, f"{thing.size} {thing.colour} {thing.shape}") for thing in scene.things]
+def middles(scene: Scene) -> list[tuple[float, float, str, str]]:
+    """(y, x) in units of the middle of every thing, sign and letter, its name ("small red star", "sign", "A") and its
+    place on the poster, "" for a letter."""
+    found = [(t.y, t.x, f"{t.size} {t.colour} {t.shape}", t.place) for t in scene.things]
     for sign in _signs(scene):
-        found.append((sign.y, sign.x, "sign"))
+        found.append((sign.y, sign.x, "sign", sign.place))
         boxes = zip(sign.text, _sign_boxes(sign)[1], strict=True)
-        found += [(sign.y, (left + right) / 2, letter) for letter, (left, _, right, _) in boxes]
+        found += [(sign.y, (left + right) / 2, letter, "") for letter, (left, _, right, _) in boxes]
     return found
 
 

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from minivlm.demo.draw import CLASS_NAMES, label_map, middles, render
-from minivlm.demo.scene import COLOURS, LETTERS, LONG_SIDE, RADII, SHAPES, TRAIN_SEEDS, Scene, draw_scene, letter_page
+from minivlm.demo.scene import (
+    COLOURS,
+    LETTERS,
+    LONG_SIDE,
+    PLACES,
+    RADII,
+    SHAPES,
+    TRAIN_SEEDS,
+    Scene,
+    draw_scene,
+    letter_page,
+)
 from minivlm.image_config import ImageConfig
 from minivlm.images import anyres_tiles
 
@@ -22,11 +33,13 @@ TILE, PATCH = 72, 12  # pixels
 SIDE = TILE // PATCH  # patches
 VIEWS = 5  # of a picture: the overview, then 2 × 2 tiles
 
-READINGS = {  # question → answers; in the first four, 0 is "none"
-    "thing": ("none", "sign", *(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)),
-    "size": ("none", *RADII),
-    "left letter": ("none", *LETTERS),
-    "right letter": ("none", *LETTERS),
+NONE = "none"
+READINGS = {  # question → answers
+    "thing": (NONE, "sign", *(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)),
+    "size": (NONE, *RADII),
+    "place": (NONE, *(place for row in PLACES for place in row)),  # on the poster, which only the overview shows whole
+    "left letter": (NONE, *LETTERS),
+    "right letter": (NONE, *LETTERS),
     # The decoder's own positions only count tokens: if a feature forgets its place, nobody can tell where things are.
     "row": tuple(range(SIDE)),
     "column": tuple(range(SIDE)),
@@ -34,6 +47,19 @@ READINGS = {  # question → answers; in the first four, 0 is "none"
 }
 QUESTION = {name: i for i, name in enumerate(READINGS)}
 UNREADABLE = -100  # nobody could tell; `cross_entropy` leaves it out
+NONE_WEIGHT = 0.2  # nearly every patch has the middle of nothing, and that is soon learned
+
+
+def words_in(name: str, answer: str) -> list[str]:
+    """ "red star" → red, star; a place is one word."""
+    if answer == NONE:
+        return []
+    return [answer] if name == "place" else answer.split()
+
+
+SPOKEN = ("thing", "size", "place", "left letter", "right letter")  # questions whose answers the decoder has words for
+WORDS = tuple(dict.fromkeys(word for name in SPOKEN for answer in READINGS[name] for word in words_in(name, answer)))
+WORD_SCALE = 2.0  # of a word's score; the smaller, the more of an image token its words are
 
 
 class Patches(Dataset):
@@ -86,9 +112,10 @@ def readings_of_patches(scene: Scene) -> Tensor:
     answers[..., QUESTION["row"]] = torch.arange(SIDE)[:, None]
     answers[..., QUESTION["column"]] = torch.arange(SIDE)
     answers[1:, ..., QUESTION["view"]] = 1
-    answers[0, ..., QUESTION["left letter"] : QUESTION["right letter"] + 1] = UNREADABLE  # in the overview
+    answers[1:, ..., QUESTION["place"]] = UNREADABLE
+    answers[0, ..., QUESTION["left letter"] : QUESTION["right letter"] + 1] = UNREADABLE
     top, left = margins((scene.height, scene.width))
-    for y, x, name in middles(scene):
+    for y, x, name, place in middles(scene):
         canvas_y, canvas_x = y + top, x + left
         tile = 1 + 2 * int(canvas_y >= TILE) + int(canvas_x >= TILE)
         in_tile = tile, canvas_y % TILE / PATCH, canvas_x % TILE / PATCH
@@ -99,31 +126,67 @@ def readings_of_patches(scene: Scene) -> Tensor:
                 size, _, thing = name.partition(" ")
                 patch[QUESTION["thing"]] = READINGS["thing"].index(thing or name)
                 patch[QUESTION["size"]] = READINGS["size"].index(size) if thing else 0
+                if view == 0 and place:
+                    patch[QUESTION["place"]] = READINGS["place"].index(place)
             elif view == tile:
                 half = "left letter" if column % 1 < 0.5 else "right letter"
                 patch[QUESTION[half]] = READINGS[half].index(name)
     return answers.flatten(1, 2)
 
 
+def words_of_patches(readings: Tensor) -> Tensor:
+    """Answers `(I, P, questions)` → float `(I, P, words)`: 1 for every word that an answer about the patch holds."""
+    words = torch.zeros(*readings.shape[:2], len(WORDS))
+    for name in SPOKEN:
+        for i, answer in enumerate(READINGS[name]):
+            for word in words_in(name, answer):
+                words[..., WORDS.index(word)] += readings[..., QUESTION[name]] == i
+    return words.clamp(max=1)
+
+
 class PatchReader(nn.Module):
-    """Linear heads that read every patch from the tower's features, or from what `projector` makes of them.
+    """Linear heads that read every patch from the tower's features `(I, P, width)`."""
 
-    The projector's side is read as the decoder reads it, normalised: else the projector would learn to shout, and an
-    image token that drowns what the decoder's layers add to it cannot be told where in a word its letter stands.
-    """
-
-    def __init__(self, tower: nn.Module, width: int, projector: nn.Module | None = None):
+    def __init__(self, tower: nn.Module, width: int):
         super().__init__()
-        self.tower, self.projector = tower, projector
+        self.tower = tower
         self.cover = nn.Linear(width, len(CLASS_NAMES) + len(COLOURS) + len(SHAPES))
         self.read = nn.ModuleList([nn.Linear(width, len(answers)) for answers in READINGS.values()])
 
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.tower(pixels, (-1,), True)
+
     def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         pixels, covers, readings = batch
-        x = self.tower(pixels, (-1,), True)  # (I, P, C)
-        if self.projector is not None:
-            x = F.rms_norm(self.projector(x), self.read[0].weight.shape[1:])  # (I, P, D)
+        return self.loss_of(self.features(pixels), covers, readings)
+
+    def loss_of(self, x: Tensor, covers: Tensor, readings: Tensor) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(self.cover(x), covers) * covers.shape[-1]
-        for head, answers in zip(self.read, readings.unbind(-1), strict=True):
-            loss = loss + F.cross_entropy(head(x).flatten(0, 1), answers.flatten())
+        for head, names, answers in zip(self.read, READINGS.values(), readings.unbind(-1), strict=True):
+            weight = torch.ones(len(names))
+            weight[0] = NONE_WEIGHT if names[0] == NONE else 1.0
+            loss = loss + F.cross_entropy(head(x).flatten(0, 1), answers.flatten(), weight)
         return loss
+
+
+class TokenReader(PatchReader):
+    """The same of image tokens, which is what `projector` makes of the features. They are read as the decoder reads
+    them, normalised; and they learn to resemble the words for what they show, so that the decoder can match and say
+    these by one rule, and need not learn a new one for each.
+
+    `words (WORDS, D)` are the decoder's embeddings of WORDS.
+    """
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, words: Tensor):
+        super().__init__(tower, words.shape[1])
+        self.projector = projector
+        self.register_buffer("words", F.normalize(words.detach(), dim=1))
+        self.bias = nn.Parameter(torch.full((len(WORDS),), -3.0))  # few words are right
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return F.rms_norm(self.projector(super().features(pixels)), self.words.shape[1:])  # (I, P, D)
+
+    def loss_of(self, x: Tensor, covers: Tensor, readings: Tensor) -> Tensor:
+        scores = WORD_SCALE * x @ self.words.T + self.bias  # (I, P, words)
+        loss = F.binary_cross_entropy_with_logits(scores, words_of_patches(readings)) * len(WORDS)
+        return loss + super().loss_of(x, covers, readings)

@@ -56,10 +56,11 @@ def a(noun: str) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The canonical sentence: every shape, in reading order, then the sign."""
-    parts = [f"{a(f'{thing.size} {thing.colour} {thing.shape}')} {at(thing.place)}" for thing in scene.things]
+    """The canonical sentence: every shape, in reading order, then the sign. It says where before it says what, so that
+    whoever writes it word by word knows by then where to look."""
+    parts = [f"{at(thing.place)} {a(f'{thing.size} {thing.colour} {thing.shape}')}" for thing in scene.things]
     if scene.sign:
-        parts.append(f"a sign {at(scene.sign.place)} that says {scene.sign.text}")
+        parts.append(f"{at(scene.sign.place)} a sign that says {scene.sign.text}")
     text = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
     return text[0].upper() + text[1:] + "."
 

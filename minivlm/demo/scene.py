@@ -28,7 +28,7 @@ COLOURS = {
     "purple": (128, 66, 178),
     "pink": (247, 136, 190),
 }
-RADII = {"small": (9.5, 10.8), "large": (15.5, 17.0)}  # units, from and to
+RADII = {"small": (11.0, 12.2), "large": (18.0, 19.5)}  # units, from and to
 PLACES = (
     ("top left", "top", "top right"),
     ("left", "centre", "right"),

@@ -3,15 +3,17 @@
     python -m minivlm.demo.train --out minivlm/demo/llava_next
 
 Three stages, in the order that the published models follow, too. The tower learns to see, as CLIP did before LLaVA was
-built on it: it is asked about every patch (patches.py). The projector learns to pass on what the tower sees. Then both
-are frozen, and the language model learns to talk about what they show. From scratch and all at once, it would learn to
-answer from the question alone and stay blind, and its first gradients, which are noise, would blind a tower that sees.
-Interrupt it when you like; the same command goes on.
+built on it: it is asked about every patch (patches.py). The projector learns to pass on what the tower sees, in vectors
+that resemble the language model's words for it. Then both are frozen, and the language model learns to talk about what
+they show. From scratch and all at once, it would learn to answer from the question alone and stay blind, and its first
+gradients, which are noise, would blind a tower that sees. It takes a little over an hour; interrupt it when you like,
+the same command goes on.
 """
 
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from minivlm.demo.patches import PATCH, TILE, Patches, PatchReader
+from minivlm.demo.patches import PATCH, TILE, WORDS, Patches, PatchReader, TokenReader
+from minivlm.demo.scene import LETTERS
 from minivlm.demo.world import LONG_SIDE, TRAIN_SEEDS, conversation, corpus, render
 from minivlm.inputs import Inputs
 from minivlm.models import llava_next
@@ -31,7 +34,7 @@ CANVASES = [[144, 144], [72, 144], [144, 72]]  # (height, width) in pixels
 SIDES = (LONG_SIDE, LONG_SIDE, 2 * LONG_SIDE, 216, 180, 336)
 
 SEE_BATCH, TALK_BATCH = 32, 16  # pictures per step
-TURNS = 10  # questions per picture: most of the work is looking, so ask as much as possible about each
+TURNS = 12  # questions per picture: most of the work is looking, so ask as much as possible about each
 
 # ChatML, as in llava-v1.6-34b and llava-next-72b.
 TEMPLATE = (
@@ -44,8 +47,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Capitals that are not the beginning of a word are read letter by letter, digits one by one; a word takes its space
-# along.
-SPLIT = r" ?\p{Lu}(?!\p{Ll})|\p{N}| ?\p{L}+|[^\p{L}\p{N}]"
+# along, and a place is one word.
+SPLIT = r" ?(?:top|bottom) (?:left|right)| ?\p{Lu}(?!\p{Ll})|\p{N}| ?\p{L}+|[^\p{L}\p{N}]"
 
 CONFIG = {
     "architectures": ["LlavaNextForConditionalGeneration"],
@@ -75,7 +78,7 @@ CONFIG = {
         "num_key_value_heads": 3,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
+        "rope_theta": 500000.0,
         "tie_word_embeddings": True,
     },
 }
@@ -155,18 +158,37 @@ class Talks(Dataset):
             picture = render(scene, scene.height * side // LONG_SIDE, scene.width * side // LONG_SIDE)
             messages[0]["content"][0]["image"] = picture
             talks.append(messages)
-        return self.processor(talks, labels=True, add_generation_prompt=False)
+        return padded_behind(self.processor(talks, labels=True, add_generation_prompt=False))
+
+
+def padded_behind(inputs: Inputs) -> Inputs:
+    """The padding goes from before each conversation to behind it, where no token looks: attention then needs no mask
+    but the causal one, which halves its work."""
+    shifts = (inputs.attention_mask == 0).sum(dim=1)  # (B,)
+
+    def rolled(rows: Tensor) -> Tensor:
+        return torch.stack([row.roll(-int(shift)) for row, shift in zip(rows, shifts, strict=True)])
+
+    everything = torch.ones_like(inputs.attention_mask)
+    return replace(inputs, input_ids=rolled(inputs.input_ids), labels=rolled(inputs.labels), attention_mask=everything)
+
+
+def word_id(tokenizer, word: str) -> int:
+    """The token that `word` is in an answer: behind a space, or, of a sign's letters, without one."""
+    (token,) = tokenizer.encode(word if word in LETTERS else f" {word}")
+    return token
 
 
 @torch.no_grad()
-def quieten(projector: nn.Module, features: Tensor):
-    """Scales what the projector makes of `features (I, P, C)` to a norm of 1, near that of fresh word embeddings.
+def set_loudness(projector: nn.Module, features: Tensor):
+    """Scales what the projector makes of `features (I, P, C)` to a root mean square of 1 per channel.
 
-    Layers add to a token what they find out about it; a loud token would not change.
+    That is about as loud as what a decoder's layers add to a token. Let whispered image tokens in, and behind the first
+    layer nothing is left of them; let in what shouts, and the layers cannot change it.
     """
-    norm = projector(features).norm(dim=-1).mean()
+    loudness = projector(features).square().mean().sqrt()
     for parameter in projector.linear_2.parameters():
-        parameter /= norm
+        parameter /= loudness
 
 
 def answers_loss(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -184,9 +206,9 @@ def answers_loss(model: nn.Module, inputs: Inputs) -> Tensor:
 def main():
     parser = argparse.ArgumentParser(prog="python -m minivlm.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--see", type=int, default=3000, help="steps of the first stage (default: %(default)s)")
+    parser.add_argument("--see", type=int, default=4000, help="steps of the first stage (default: %(default)s)")
     parser.add_argument("--align", type=int, default=600, help="steps of the second stage (default: %(default)s)")
-    parser.add_argument("--talk", type=int, default=3900, help="steps of the last stage (default: %(default)s)")
+    parser.add_argument("--talk", type=int, default=6700, help="steps of the last stage (default: %(default)s)")
     args = parser.parse_args()
 
     make_folder(args.out)
@@ -200,17 +222,28 @@ def main():
     tower, projector = model.vision_tower, model.multi_modal_projector
     reader = PatchReader(tower, config["vision_config"]["hidden_size"])
     batches = Patches(processor.images, args.see, SEE_BATCH)
-    fit(reader, batches, reader.loss, 2e-3, work / "see.pt", name="seeing", muon=True)
+    fit(reader, batches, reader.loss, 2e-3, work / "see.pt", name="seeing", muon_decay=0.05)
 
     tower.requires_grad_(False)
-    reader = PatchReader(tower, config["text_config"]["hidden_size"], projector)
+    table = model.language_model.embed_tokens.weight
+    words = table[[word_id(processor.tokenizer, word) for word in WORDS]]
+    reader = TokenReader(tower, projector, words)
     batches = Patches(processor.images, args.align, SEE_BATCH)
     fit(reader, batches, reader.loss, 2e-3, work / "align.pt", name="aligning")
-    quieten(projector, tower(batches[0][0], (-1,), True))
+    set_loudness(projector, tower(batches[0][0], (-1,), True))
 
     projector.requires_grad_(False)
     batches = Talks(processor, args.talk, TALK_BATCH, first_seed=args.see * SEE_BATCH)  # on pictures that are all new
-    fit(model, batches, lambda batch: answers_loss(model, batch), 1.2e-3, work / "talk.pt", name="talking", muon=True)
+    # Matrices that hardly decay grow, and with them what the first layer writes, until it drowns what it has read.
+    fit(
+        model,
+        batches,
+        lambda batch: answers_loss(model, batch),
+        1.2e-3,
+        work / "talk.pt",
+        name="talking",
+        muon_decay=0.5,
+    )
     save_weights(model.half(), args.out, llava_next.KEYS)
     shutil.rmtree(work)
 

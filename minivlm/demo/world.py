@@ -41,10 +41,10 @@ def conversation(seed: int, turns: int = 5) -> tuple[Scene, list[dict]]:
     by_kind = {kind: [] for kind in KINDS}
     for i in rng.permutation(len(asked := questions(scene, seed))):
         by_kind[asked[i].kind].append(asked[i])
-    order = []  # one of each kind in random order, then a second one, and so on
+    order = []  # one of each kind in random order, but two to find something, the widest kind; then so again
     while any(by_kind.values()):
-        left = [kind for kind in KINDS if by_kind[kind]]
-        order += [by_kind[left[i]].pop() for i in rng.permutation(len(left))]
+        left = [kind for kind in (*KINDS, "find") if by_kind[kind]]
+        order += [by_kind[left[i]].pop() for i in rng.permutation(len(left)) if by_kind[left[i]]]
     order = order[:turns]
     if rng.random() < 0.75:  # a description gives away what is asked after it: nobody would have to look any more
         order.sort(key=lambda question: question.kind == "describe")
