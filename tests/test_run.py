@@ -311,8 +311,9 @@ def test_show_prompt_counts_the_picture_s_tokens(answered):
 
 
 def test_dry_run_draws_the_tiles_and_counts_tokens(answered):
-    out, _ = answered("--dry-run", "-p", "How many?")
-    token_ids = json.loads(answered("--json", "-p", "How many?", "--max-new-tokens", "1")[0])["prompt_token_ids"]
+    question = ["--image", str(DEMO_PICTURE.with_name("number.png")), "-p", "How many?"]
+    out, _ = answered("--dry-run", *question)
+    token_ids = json.loads(answered("--json", *question, "--max-new-tokens", "1")[0])["prompt_token_ids"]
     assert "+---+---+" in out and "picture 1: 252 × 336 pixels" in out
     assert f"prompt: {len(token_ids)} tokens; the answer may add 256" in out
 
