@@ -85,7 +85,8 @@ def main():
         for _ in range(args.rounds):  # none to warm up: what was just written is in the page cache
             for side, figures in sides.items():
                 figures.append(run_child(side, name, args.dtype, pack))
-    print(f"{size / 1e9:.2f} GB of bfloat16 as {args.dtype}, {"mapped" if args.no_pack else "packed"}; medians of {args.rounds} rounds")
+    how = "mapped" if args.no_pack else "packed"
+    print(f"{size / 1e9:.2f} GB of bfloat16 as {args.dtype}, {how}; medians of {args.rounds} rounds")
     print(f"{'':14}{'seconds':>9}{'peak anonymous memory':>24}")
     for side, figures in zip(("minivlm", "transformers"), sides.values(), strict=True):
         seconds, peak = (statistics.median(column) for column in zip(*figures, strict=True))
