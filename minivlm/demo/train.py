@@ -6,14 +6,15 @@ Three stages, in the order that the published models follow, too. The tower lear
 built on it: it is asked about every patch (patches.py). The projector learns to pass on what the tower sees, in vectors
 that resemble the language model's words for it. Then both are frozen, and the language model learns to talk about what
 they show. From scratch and all at once, it would learn to answer from the question alone and stay blind, and its first
-gradients, which are noise, would blind a tower that sees. It takes a little over an hour; interrupt it when you like,
-the same command goes on.
+gradients, which are noise, would blind a tower that sees. It takes less than an hour and a half; interrupt it when you
+like, the same command goes on.
 """
 
 import argparse
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -235,15 +236,7 @@ def main():
     projector.requires_grad_(False)
     batches = Talks(processor, args.talk, TALK_BATCH, first_seed=args.see * SEE_BATCH)  # on pictures that are all new
     # Matrices that hardly decay grow, and with them what the first layer writes, until it drowns what it has read.
-    fit(
-        model,
-        batches,
-        lambda batch: answers_loss(model, batch),
-        1.2e-3,
-        work / "talk.pt",
-        name="talking",
-        muon_decay=0.5,
-    )
+    fit(model, batches, partial(answers_loss, model), 1.2e-3, work / "talk.pt", name="talking", muon_decay=0.5)
     save_weights(model.half(), args.out, llava_next.KEYS)
     shutil.rmtree(work)
 
